@@ -1,0 +1,55 @@
+"""decode_attention: few query rows against a long cache; a partial result that shards merge."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compat import vary_over, varying_axes
+from pallas_kernels.decode_attention import cudnn as cudnn_backend
+from pallas_kernels.decode_attention import mosaic_gpu as mosaic_backend
+from pallas_kernels.decode_attention.call import make_call
+from pallas_kernels.decode_attention.reference import reference
+from pallas_kernels.decode_attention.xla import xla
+from pallas_kernels.dispatch import Implementation, accepts_all, choose
+
+IMPLEMENTATIONS = (
+    Implementation("mosaic_gpu", mosaic_backend.mosaic_gpu, mosaic_backend.refuse),
+    Implementation("xla", xla, accepts_all),
+    Implementation("cudnn", cudnn_backend.cudnn, cudnn_backend.refuse, automatic=False),
+    Implementation("reference", reference, accepts_all, automatic=False),
+)
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    causal_offset: jax.Array | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Exact attention of a few rows over the valid prefix of a cache.
+
+    Args:
+      q: [B, M, H, D]; one row a decoding step, up to a few hundred in the query phase.
+      k, v: [B, T, K, D]; query head h uses KV head h // (H // K). Slots at or beyond ``lengths`` may
+        hold anything, NaN too.
+      lengths: int32 [B], valid slots per batch entry; 0 is allowed.
+      causal_offset: None, or int32 [B]: row i sees key j only if j <= i + causal_offset[b].
+      scale: of the scores; default 1/sqrt(D).
+      implementation: None for the automatic choice, or a name, which never falls back.
+
+    Returns:
+      out float32 [B, M, H, D] and lse_nat float32 [B, H, M], ready to merge with other shards' parts.
+      A row that sees nothing gets 0 and -inf.
+
+    Raises:
+      KernelInputError, Unsupported, ExceptionGroup: as `flash_attention`.
+    """
+    call = make_call(q, k, v, lengths, causal_offset, scale)
+    chosen = choose("decode_attention", IMPLEMENTATIONS, implementation, call)
+    batch, rows, heads, _ = call.q.shape
+    if call.k.shape[1] == 0 or rows == 0:
+        empty = jnp.zeros(call.q.shape, jnp.float32), jnp.full((batch, heads, rows), -jnp.inf, jnp.float32)
+        return vary_over(varying_axes(call.q), empty)
+    return chosen.run(call)

@@ -1,0 +1,322 @@
+"""Row-interval attention for Hopper in Pallas Mosaic GPU (wgmma, TMA, warp specialisation).
+
+One block of threads works on 128 query rows of one head: a memory warpgroup streams key and value tiles
+into a ring of shared-memory stages, two compute warpgroups own 64 rows each. docs/kernels.md has the drawing.
+The organisation follows FlashAttention-3 (arXiv 2407.08608).
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import tuned
+from pallas_kernels.compat import array_type, load_smem, transpose_smem
+from pallas_kernels.device import Device, current, refuse_unless_hopper
+from pallas_kernels.flash_attention import work
+from pallas_kernels.flash_attention.call import AttentionCall
+from pallas_kernels.flash_attention.recompute import with_recomputed_gradient
+from pallas_kernels.flash_attention.work import BLOCK_ROWS
+
+COMPUTE_GROUPS = 2
+GROUP_ROWS = BLOCK_ROWS // COMPUTE_GROUPS  # 64, the height of one wgmma
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """``block_keys`` keys a step (a multiple of 64), ``stages`` steps in shared memory."""
+
+    block_keys: int = 128
+    stages: int = 2
+
+
+def refuse(call: AttentionCall, device: Device) -> str | None:
+    """Why the kernel cannot serve the call on the device, or None if it can."""
+    if reason := refuse_unless_hopper(device):
+        return reason
+    if call.q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, q has {call.q.dtype}"
+    if (dim := call.q.shape[-1]) not in (64, 128):
+        return f"takes head dimension 64 or 128, q has {dim}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """One key range as one block of rows sees it: tiles of ``block_keys`` keys from local key ``first`` on.
+
+    ``head`` (0 or 1) tiles begin before the first visible key, the next ``full`` are seen entirely by all
+    rows, the rest up to ``tiles`` need a mask.
+    """
+
+    first: jax.Array
+    head: jax.Array
+    full: jax.Array
+    tiles: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """The order of a block's tiles: those seen entirely, of all ranges, then those that need a mask."""
+
+    block_keys: int
+    ranges: tuple[_Range, ...]
+
+    @property
+    def unmasked(self):
+        return functools.reduce(operator.add, [part.full for part in self.ranges])
+
+    @property
+    def steps(self):
+        return functools.reduce(operator.add, [part.tiles for part in self.ranges])
+
+    def place(self, step):
+        """(range number, local first key of the tile) of a step; both int32 scalars."""
+        source, key, done = jnp.int32(0), jnp.int32(0), jnp.int32(0)
+        for masked in (False, True):
+            for number, part in enumerate(self.ranges):
+                count = part.tiles - part.full if masked else part.full
+                tile = step - done
+                skipped = jnp.where(tile < part.head, 0, part.full) if masked else part.head
+                tile = tile + skipped
+                here = (step >= done) & (step < done + count)
+                source = jnp.where(here, jnp.int32(number), source)
+                key = jnp.where(here, part.first + tile * self.block_keys, key)
+                done = done + count
+        return source, key
+
+
+def _read_schedule(table, block, batch, ranges, block_keys):
+    columns = [[table[batch, block, work.RANGE_COLUMNS + 4 * n + i] for i in range(4)] for n in range(ranges)]
+    return _Schedule(block_keys, tuple(_Range(*column) for column in columns))
+
+
+def _pick(source, values):
+    """values[source] for a short list of ints and a scalar index on the device."""
+    chosen = jnp.int32(values[0])
+    for number, value in enumerate(values[1:], 1):
+        chosen = jnp.where(source == number, jnp.int32(value), chosen)
+    return chosen
+
+
+def _kernel(q_ref, k_refs, v_refs, table, out_ref, lse_ref, scratch, *, config, scale, group, lengths):
+    """One block of threads; see the module docstring. ``scratch``: shared memory and barriers."""
+    (q_smem, k_smem, v_smem, lse_smem), (q_ready, k_ready, v_ready), (k_free, v_free) = scratch
+    block_keys, stages = config.block_keys, config.stages
+    head, block, batch = (lax.axis_index(name) for name in ("heads", "blocks", "batch"))
+    me = lax.axis_index("groups")
+    schedule = _read_schedule(table, block, batch, len(lengths), block_keys)
+    steps = schedule.steps
+    dim = q_ref.shape[-1]
+    dtype = q_ref.dtype
+    bases = [sum(lengths[:number]) for number in range(len(lengths))]
+
+    def stage(step):
+        return lax.rem(step, jnp.int32(stages))
+
+    @pl.when(me < COMPUTE_GROUPS)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        row = table[batch, block, work.ROW] + me * GROUP_ROWS
+        first_stop, end = table[batch, block, work.FIRST_STOP] + me * GROUP_ROWS, table[batch, block, work.END]
+        q_mine = q_smem.at[me]
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, GROUP_ROWS), head], q_mine, q_ready.at[me])
+        plgpu.barrier_wait(q_ready.at[me])
+
+        per_row = plgpu.Layout.WGMMA.reduce(1)
+        peak = plgpu.layout_cast(jnp.full((GROUP_ROWS,), -jnp.inf, jnp.float32), per_row)
+        total = plgpu.layout_cast(jnp.zeros((GROUP_ROWS,), jnp.float32), per_row)
+        acc = plgpu.layout_cast(jnp.zeros((GROUP_ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
+
+        def hide(scores, step):
+            """Scores of a masked tile with the keys that a row must not see at -inf."""
+            source, key = schedule.place(step)
+            first_key = key + _pick(source, bases)
+            row_id = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+            key_id = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+            visible = (key_id - row_id) < first_stop - first_key
+            visible &= key_id >= table[batch, block, work.START] - first_key
+            visible &= key_id < jnp.minimum(end - first_key, _pick(source, lengths) - key)
+            return jnp.where(visible, scores, -jnp.inf)
+
+        def softmax(scores, peak, total, masked):
+            """Probabilities relative to the new peak, which is kept times log2(e) times scale."""
+            new_peak = jnp.maximum(peak, scores.max(axis=1) * (scale * LOG2_E))
+            shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak) if masked else new_peak
+            decay = jnp.exp2(peak - shift)
+            p = jnp.exp2(scores * (scale * LOG2_E) - lax.broadcast_in_dim(shift, scores.shape, [0]))
+            return p, new_peak, total * decay + p.sum(axis=1), decay
+
+        def clear_unread_values(step):
+            """Value rows that no row of this block sees may hold NaN, which a weight of 0 would not stop.
+
+            Both groups write the same bytes, so neither has to wait for the other.
+            """
+            source, key = schedule.place(step)
+            stop = jnp.minimum(table[batch, block, work.LAST_STOP] - _pick(source, bases), _pick(source, lengths)) - key
+            begin = table[batch, block, work.START] - _pick(source, bases) - key
+
+            @pl.when((begin > 0) | (stop < block_keys))
+            def _():
+                tile = v_smem.at[stage(step)]
+                values = load_smem(tile, plgpu.Layout.WGMMA)
+                key_id = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+                read = (key_id >= begin) & (key_id < stop)
+                tile[...] = jnp.where(read, values, jnp.zeros_like(values))
+                plgpu.commit_smem()
+
+        def scaled(acc, decay):
+            return acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+
+        def first_tile(scores_ref):
+            plgpu.wgmma(scores_ref, q_mine, transpose_smem(k_smem.at[0]))
+            return scores_ref[...]
+
+        def last_tile(acc_ref, p16, slot):
+            plgpu.wgmma(acc_ref, p16, v_smem.at[slot])
+
+        def attend(step, carry, masked):
+            """The values of the tile before and the scores of this one, issued back to back; then softmax.
+
+            Meanwhile the other group's products fill the tensor cores.
+            """
+            acc, peak, total, p16 = carry
+            slot, slot_before = stage(step), stage(step - 1)
+            plgpu.barrier_wait(v_ready.at[slot_before])
+            if masked:
+                clear_unread_values(step - 1)
+            plgpu.barrier_wait(k_ready.at[slot])
+
+            def products(refs):
+                scores_ref, acc_ref, peak_ref, total_ref, p_ref, decay_ref = refs
+                plgpu.wgmma(acc_ref, p16, v_smem.at[slot_before])
+                plgpu.wgmma(scores_ref, q_mine, transpose_smem(k_smem.at[slot]))
+                scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=0)
+                plgpu.barrier_arrive(v_free.at[slot_before])
+                plgpu.barrier_arrive(k_free.at[slot])
+                if masked:
+                    scores = hide(scores, step)
+                p, new_peak, new_total, decay = softmax(scores, peak, total, masked)
+                peak_ref[...], total_ref[...], decay_ref[...] = new_peak, new_total, decay
+                p_ref[...] = p.astype(dtype)
+
+            no_scores = plgpu.layout_cast(jnp.zeros((GROUP_ROWS, block_keys), jnp.float32), plgpu.Layout.WGMMA)
+            _, acc, peak, total, p16, decay = pl.run_state(products)(
+                (plgpu.ACC.init(no_scores), plgpu.ACC.init(acc), peak, total, p16, peak)
+            )
+            return scaled(acc, decay), peak, total, p16
+
+        def some_keys(acc, peak, total):
+            plgpu.barrier_wait(k_ready.at[0])
+            scores = pl.run_scoped(first_tile, plgpu.ACC((GROUP_ROWS, block_keys), jnp.float32))
+            plgpu.barrier_arrive(k_free.at[0])
+            p, peak, total, _ = softmax(hide(scores, jnp.int32(0)), peak, total, True)
+            carry = acc, peak, total, p.astype(dtype)
+            middle = jnp.maximum(schedule.unmasked, 1)
+            carry = lax.fori_loop(1, middle, functools.partial(attend, masked=False), carry)
+            carry = lax.fori_loop(middle, steps, functools.partial(attend, masked=True), carry)
+            acc, peak, total, p16 = carry
+            slot = stage(steps - 1)
+            plgpu.barrier_wait(v_ready.at[slot])
+            clear_unread_values(steps - 1)
+            acc = pl.run_state(functools.partial(last_tile, p16=p16, slot=slot))(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(v_free.at[slot])
+            return acc, peak, total
+
+        acc, peak, total = lax.cond(steps > 0, some_keys, lambda *carry: carry, acc, peak, total)
+        inverse = jnp.where(total > 0, 1.0 / total, 0.0)
+        q_mine[...] = scaled(acc, inverse).astype(dtype)
+        lse = jnp.where(total > 0, (peak + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
+        lse_smem.at[me][...] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_mine, out_ref.at[batch, pl.ds(row, GROUP_ROWS), head])
+        plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, pl.ds(row, GROUP_ROWS)])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(me == COMPUTE_GROUPS)
+    def _memory():
+        plgpu.set_max_registers(24, action="decrease")
+        kv_head = lax.div(head, jnp.int32(group))
+
+        @pl.loop(0, steps)
+        def _(step):
+            slot = stage(step)
+            source, key = schedule.place(step)
+            for free, refs, tiles, ready in ((k_free, k_refs, k_smem, k_ready), (v_free, v_refs, v_smem, v_ready)):
+                pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+                for number, ref in enumerate(refs):
+
+                    @pl.when(source == number)
+                    def _(ref=ref, tiles=tiles, ready=ready):
+                        window = ref.at[batch, pl.ds(key, block_keys), kv_head]
+                        plgpu.copy_gmem_to_smem(window, tiles.at[slot], ready.at[slot])
+
+
+def _pad_keys(ranges):
+    """Ranges whose length is no multiple of 8, the height of a shared-memory tile, get zero rows at the end."""
+    return tuple(
+        jnp.pad(key, ((0, 0), (0, -key.shape[1] % 8), (0, 0), (0, 0))) if key.shape[1] % 8 else key for key in ranges
+    )
+
+
+def forward(call: AttentionCall, config: Config) -> tuple[jax.Array, jax.Array]:
+    """out [B, S, H, D] in q's dtype and lse_nat float32 [B, H, S]; not differentiable."""
+    q = work.pad_segments(call.q, call.rows)
+    batch, rows, heads, dim = q.shape
+    lengths = tuple(key.shape[1] for key in call.k)
+    table = work.work_table(call, config.block_keys)
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    q_scratch = plgpu.SMEM((COMPUTE_GROUPS, GROUP_ROWS, dim), q.dtype, transforms=tiled)
+    kv_scratch = plgpu.SMEM((config.stages, config.block_keys, dim), q.dtype, transforms=tiled)
+    lse_scratch = plgpu.SMEM((COMPUTE_GROUPS, GROUP_ROWS), jnp.float32)
+    ready = plgpu.Barrier(num_barriers=config.stages)
+    free = plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=config.stages)
+    ranges = len(call.k)
+    group = heads // call.kv_heads
+
+    def entry(q_ref, *refs):
+        k_refs, v_refs = refs[:ranges], refs[ranges : 2 * ranges]
+        table_ref, out_ref, lse_ref = refs[2 * ranges :]
+
+        def body(*scratch):
+            _kernel(
+                q_ref, k_refs, v_refs, table_ref, out_ref, lse_ref, scratch,
+                config=config, scale=call.scale, group=group, lengths=lengths,
+            )  # fmt: skip
+
+        pl.run_scoped(
+            body,
+            (q_scratch, kv_scratch, kv_scratch, lse_scratch),
+            (plgpu.Barrier(num_barriers=COMPUTE_GROUPS), ready, ready),
+            (free, free),
+            collective_axes="groups",
+        )
+
+    out, lse = plgpu.kernel(
+        entry,
+        out_type=(array_type(q.shape, q.dtype, q), array_type((batch, heads, rows), jnp.float32, q)),
+        grid=(heads, table.shape[1], batch),
+        grid_names=("heads", "blocks", "batch"),
+        num_threads=COMPUTE_GROUPS + 1,
+        thread_name="groups",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=256,  # reductions stay inside a warp; the default would not fit
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )(q, *_pad_keys(call.k), *_pad_keys(call.v), table)
+    return work.unpad_segments(out, call.rows, 1), work.unpad_segments(lse, call.rows, 2)
+
+
+def mosaic_gpu(call: AttentionCall, config: Config | None = None) -> tuple[jax.Array, jax.Array]:
+    """out [B, S, H, D] in q's dtype and lse_nat float32 [B, H, S]; the gradient recomputes through XLA."""
+    if config is None:
+        config = Config(**tuned.parameters("flash_attention", call.q.shape[-1], current()))
+    return with_recomputed_gradient(functools.partial(forward, config=config), call)

@@ -1,0 +1,12 @@
+"""Eight simulated CPU devices, strict dtype promotion, warnings as errors: set before JAX initialises."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Optimising tiny programs costs more than running them unoptimised.
+flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+
+import jax  # noqa: E402 - after the flags
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,0 +1,125 @@
+"""Parity of the GPU implementations on the GPU: `JAX_PLATFORMS=cuda pytest -m gpu tests/pallas_kernels`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import CASES, LONG_CASES, Case, apb_case, check, error, exact, make_inputs, plain
+
+from pallas_kernels import Unsupported
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.flash_attention import RowSegment, flash_attention
+from pallas_kernels.retaining_score import retaining_score
+from pallas_kernels.select import select_topk
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.kernel,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU; JAX's default backend has none"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("implementation", "dynamic"),
+    [("mosaic_gpu", True), ("cudnn", False), ("cudnn", True), ("triton", True)],
+    ids=["mosaic_gpu", "cudnn static", "cudnn run time", "triton"],
+)
+@pytest.mark.parametrize("case", [*CASES, *LONG_CASES], ids=lambda case: case.name)
+def test_flash_attention(case, implementation, dynamic):
+    rows = case.row_segments(dynamic)
+    if implementation == "cudnn":  # offsets stay ints, as in the engine: cuDNN refuses others
+        rows = tuple(
+            RowSegment(a.rows, a.start, b.offset, a.end) for a, b in zip(rows, case.row_segments(False), strict=True)
+        )
+
+    def attend(q, k, v, case):
+        return jax.jit(lambda q, k, v: flash_attention(q, k, v, rows, implementation=implementation))(q, k, v)
+
+    try:
+        check(case, jnp.bfloat16, attend)
+    except Unsupported as refusal:
+        pytest.skip(str(refusal))
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "cudnn", "xla"])
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "dim", "keys", "lengths", "offset"),
+    [
+        (1, 4, 1, 128, 1000, [1000, 1, 0], None),
+        (1, 8, 8, 64, 4096, [4096, 4000, 129], None),
+        (7, 4, 2, 128, 333, [333, 200, 5], [326, 193, -2]),
+        (40, 32, 8, 128, 2048, [2048, 1024, 640], [2008, 984, 600]),
+        (200, 8, 2, 128, 515, [515, 400, 0], [315, 200, 0]),
+    ],
+)
+def test_decode_attention(implementation, rows, heads, kv_heads, dim, keys, lengths, offset):
+    lengths, offset = np.array(lengths), None if offset is None else np.array(offset)
+    reach = 10**6 if offset is None else offset.tolist()
+    case = Case("decode", ((rows, 0, reach, lengths.tolist()),), (keys,), 3, heads, kv_heads, dim)
+    q, k, v = make_inputs(case, jnp.bfloat16)
+    q = jnp.nan_to_num(q)
+    read = (jnp.arange(keys) < lengths[:, None])[..., None, None]
+    k, v = (jnp.where(read & jnp.isnan(a), jnp.ones_like(a), a) for a in (k[0], v[0]))
+    try:
+        out, lse = jax.jit(functools.partial(decode_attention, implementation=implementation))(
+            q, k, v, jnp.asarray(lengths, jnp.int32), None if offset is None else jnp.asarray(offset, jnp.int32)
+        )
+    except Unsupported as refusal:
+        pytest.skip(str(refusal))
+    want, approximate = exact(case, q, (k,), (v,)), plain(case, q, (k,), (v,))
+    assert error(out, want[0]) <= 2 * max(error(approximate[0], want[0]), 2**-8)
+    assert error(lse, want[1]) <= 2 * max(error(approximate[1], want[1]), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(300, 512, 256), (1024, 1536, 1024), (77, 64, 512)])
+def test_retaining_score(rows, width, hidden, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, rows, width), (width, hidden), (hidden, 8)
+    x, w1, w2 = (jax.random.normal(k, s) / s[-2] ** 0.5 for k, s in zip(keys, shapes, strict=True))
+    x = (x * rows**0.5).at[0, :9].set(jnp.nan).at[:, rows - 5 :].set(jnp.nan)
+    x, w1, w2 = (a.astype(dtype) for a in (x, w1, w2))
+    marks = {"dead_rows": jnp.array([9, 0]), "masked_rows": jnp.array([20, 3]), "valid_rows": rows - 5}
+    want, plain_form, got = (
+        retaining_score(x, w1, w2, **marks, implementation=name) for name in ("reference", "xla", "mosaic_gpu")
+    )
+    kept = np.asarray(want > -1e30)
+    assert ((np.asarray(got) > -1e30) == kept).all()
+    want, plain_form, got = (np.asarray(a)[kept] for a in (want, plain_form, got))
+    assert error(got, want) <= 2 * error(plain_form, want)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("rows", "count"), [(300, 100), (37, 37), (4096, 512), (20480, 2048), (16384, 1)])
+def test_select(rows, count, ties, implementation):
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((2, rows, 8)).astype(np.float32)
+    scores = np.round(scores * 4) / 4 if ties else scores
+    scores[0, : rows // 4] = np.finfo(np.float32).min
+    scores[1, rows // 2 :] = -np.inf
+    k, v = (jnp.asarray(rng.standard_normal((2, rows, 8, 64)), jnp.bfloat16) for _ in range(2))
+    run = jax.jit(functools.partial(select_topk, count=count, implementation=implementation))
+    got = run(jnp.asarray(scores), k, v)
+    index = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(got[0], index)
+    for chosen, source in zip(got[1:], (k, v), strict=True):
+        np.testing.assert_array_equal(chosen, np.take_along_axis(np.asarray(source), index[..., None], axis=1))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shard", range(8))
+def test_flash_attention_types(shard, dtype, dim):
+    case = apb_case(shard, anchor=192, passing=64, block=448, dim=dim)
+
+    def attend(q, k, v, case):
+        return jax.jit(functools.partial(flash_attention, implementation="mosaic_gpu"))(
+            q, k, v, case.row_segments(True)
+        )
+
+    check(case, dtype, attend)
