@@ -1,0 +1,39 @@
+"""``python -m apb_jax.attention``: the README's table of methods, from what they say about themselves."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from apb_jax.attention.registry import METHODS
+
+
+def table() -> str:
+    """Markdown, one row per method."""
+    head = ("method", "file", "source", "result", "needs", "shards", "batch", "STRING", "tested by")
+    lines = [head, ("---",) * len(head)]
+    for name, (kind, _) in METHODS.items():
+        can = kind.can
+        needs = [
+            *(["trained heads"] if can.needs_heads else []),
+            *(["trained heads or the query"] if can.needs_scorer else []),
+            *(["the query in prefill"] if can.needs_query_in_prefill else []),
+        ]
+        lines.append(
+            (
+                f"`{name}`",
+                f"`{Path(inspect.getfile(kind)).name}`",
+                can.paper,
+                "exact" if can.exact else "approximate",
+                ", ".join(needs) or "nothing",
+                "1" if can.max_shards == 1 else "1 to N",
+                "1" if can.max_batch == 1 else "any",
+                "yes" if can.remaps_positions else "no",
+                ", ".join(can.tested),
+            )
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(table())

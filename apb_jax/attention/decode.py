@@ -1,0 +1,116 @@
+"""Attention of query and generated tokens over the sharded cache: exact for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from apb_jax.attention.attend import project
+from apb_jax.attention.collectives import merge_partials, merge_shards
+from apb_jax.attention.remapped import remapped_attention
+from apb_jax.model.layers import LayerInputs
+from pallas_kernels.decode_attention import decode_attention
+
+if TYPE_CHECKING:
+    from apb_jax.attention.base import Shard
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What the rows of a query or decoding step may see in one layer, on one shard."""
+
+    document: tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
+    kept_tokens: Int[Array, " B"]
+    """Rows of ``document`` that exist."""
+    kept_positions: Int[Array, "B C"]
+    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]]
+    """Query and answer so far, counted by the last shard only; row i sees slots j <= i + ``tail_offset``."""
+    tail_offset: Int[Array, " B"]
+    tail_position: Int[Array, " B"]
+    """Position of tail slot 0."""
+    rows: Int[Array, " B"]
+    """Rows of this step that exist: the query's tokens, or 1."""
+    query_tokens: Int[Array, " B"] | None
+    """Given where the originals' quirk of the query phase is asked for (see ``attend_shard``)."""
+
+
+def attend_shard(
+    q: Float[Array, "B M H D"],
+    document: tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]],
+    kept_tokens: Int[Array, " B"],
+    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]],
+    tail_offset: Int[Array, " B"],
+    shard: Shard,
+    *,
+    query_tokens: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B M H D"], Float[Array, "B H M"]]:
+    """This shard's part, before merging: its cached tokens and, on the last shard, the tail (query and answer so far).
+
+    Row i sees tail slots j <= i + tail_offset. ``query_tokens`` switches on the originals' quirk: on the other shards a
+    bottom-right causal mask hides the last m - 1 - i cached tokens from query row i (attention spec 0.6).
+    """
+    owner = shard.index == shard.count - 1
+    offset = None
+    if query_tokens is not None:
+        offset = jnp.where(owner, jnp.int32(2**30), kept_tokens - query_tokens)
+    local = decode_attention(q, *document, lengths=kept_tokens, causal_offset=offset)
+    rows = jnp.full_like(tail_offset, tail[0].shape[1])
+    new, new_lse = decode_attention(q, *tail, lengths=rows, causal_offset=tail_offset)
+    return merge_partials([local, (new, jnp.where(owner, new_lse, -jnp.inf))])
+
+
+def decode_sharded(
+    q: Float[Array, "B M H D"],
+    document: tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]],
+    kept_tokens: Int[Array, " B"],
+    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]],
+    tail_offset: Int[Array, " B"],
+    shard: Shard,
+    *,
+    query_tokens: Int[Array, " B"] | None = None,
+) -> Float[Array, "B M H D"]:
+    """Exact attention over all shards' caches and the tail; one ``pmax`` and one ``psum`` (see ``merge_shards``)."""
+    out, lse = attend_shard(q, document, kept_tokens, tail, tail_offset, shard, query_tokens=query_tokens)
+    return merge_shards(out, lse, shard.axis).astype(q.dtype)
+
+
+def attend_remapped(
+    x: LayerInputs, cached: Cached, shard: Shard
+) -> tuple[Float[Array, "B M H D"], Float[Array, "B H M"]]:
+    """``attend_shard`` under STRING."""
+    queries, _ = project(x)
+    assert queries.rope is not None
+    assert queries.far is not None
+    assert queries.positions is not None
+    rope, far, query_positions = queries.rope, queries.far, queries.positions
+    rows, row = x.q.shape[1], jnp.arange(x.q.shape[1], dtype=jnp.int32)[None]
+    owner = shard.index == shard.count - 1
+
+    def part(
+        kv: tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]],
+        places: Int[Array, "B T"],
+        stop: Int[Array, "B M"],
+    ) -> tuple[Float[Array, "B M H D"], Float[Array, "B H M"]]:
+        positions = jnp.broadcast_to(places[..., None], kv[0].shape[:3])
+        # The released code treats the query as part of its prefill, where the border counts twice; a step it does not.
+        return remapped_attention(
+            queries.near, far, *kv, query_positions, positions, jnp.zeros_like(stop), stop,
+            offset=rope.offset, border_twice=rope.border_twice and rows > 1,
+        )  # fmt: skip
+
+    stop = jnp.broadcast_to(cached.kept_tokens[:, None], queries.positions.shape)
+    if cached.query_tokens is not None:
+        hidden = stop + row - cached.query_tokens[:, None] + 1
+        stop = jnp.where(owner, stop, jnp.minimum(stop, hidden))
+    local = part(cached.document, cached.kept_positions, stop)
+    slots = jnp.arange(cached.tail[0].shape[1], dtype=jnp.int32)[None]
+    new, lse = part(cached.tail, cached.tail_position[:, None] + slots, cached.tail_offset[:, None] + row + 1)
+    return merge_partials([local, (new, jnp.where(owner, lse, -jnp.inf))])
+
+
+def decode_remapped(x: LayerInputs, cached: Cached, shard: Shard) -> Float[Array, "B M H D"]:
+    """``decode_sharded`` under STRING: positions are local knowledge, so the collectives are the same."""
+    return merge_shards(*attend_remapped(x, cached, shard), shard.axis).astype(x.q.dtype)

@@ -1,0 +1,158 @@
+"""StarX: Star Attention's prefill with another merge, as published, and our sparse reading of its description.
+
+Source: zer0-data/StarXAttention. As published it is not block-sparse: shards' outputs are averaged by heuristic weights
+in place of the log-sum-exp merge. ``StarXSparse`` is what its README suggests, not what its code does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from apb_jax.attention.attend import Keys
+from apb_jax.attention.base import Capabilities, Kernels, Shard
+from apb_jax.attention.decode import Cached, attend_remapped, attend_shard
+from apb_jax.attention.star import Star
+from apb_jax.attention.xattention import BLOCK, attend_blocks, block_mass, check_estimator, select_blocks
+from apb_jax.errors import UserError
+from apb_jax.model.layers import LayerInputs
+from apb_jax.model.string_rope import StringRope
+
+
+def shard_weight(
+    q: Float[Array, "B M H D"],
+    keys: Float[Array, "B T K D"],
+    rows: Int[Array, " B"],
+    tokens: Int[Array, " B"],
+    stride: int,
+) -> Float[Array, "B H"]:
+    """Anti-diagonal score of the first min(rows, tokens) query rows with as many keys, float32.
+
+    KV heads are tiled over the query heads (head h reads KV head h mod K), as the released scorer does it.
+    """
+    heads, dim = q.shape[2:]
+    length = -(-q.shape[1] // stride) * stride
+    used = jnp.arange(length, dtype=jnp.int32) < jnp.minimum(rows, tokens)[:, None]
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x[:, :length], ((0, 0), (0, max(0, length - x.shape[1])), (0, 0), (0, 0)))
+        x = jnp.where(used[..., None, None], x.astype(jnp.float32), 0.0)
+        return x.reshape(x.shape[0], -1, stride, x.shape[2], dim)
+
+    tiled = cut(keys)[:, :, ::-1]
+    tiled = jnp.tile(tiled, (1, 1, 1, heads // keys.shape[2], 1))
+    return jnp.einsum("bcahd,bcahd->bh", cut(q), tiled, precision="highest") * jnp.float32(dim**-0.5)
+
+
+@dataclass(frozen=True)
+class StarX(Star):
+    """Star whose query phase and decoding average the shards' outputs with softmax weights of anti-diagonal scores.
+
+    A single decoding row meets only padding in the scorer, so every weight is 1 / N there, as published.
+    """
+
+    stride: int = 16
+
+    name: ClassVar[str] = "starx"
+    can: ClassVar[Capabilities] = Capabilities(
+        exact=False,
+        paper="StarXAttention (repository)",
+        tested=("exact limit", "selection oracle"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride < 1:
+            raise UserError(f"stride is {self.stride}; it must be at least 1 (the repository: 16)")
+
+    def decode(self, x: LayerInputs, cached: Cached, shard: Shard) -> Float[Array, "B M H D"]:
+        q = x.rotated()[0]
+        if isinstance(x.rope, StringRope):
+            out, _ = attend_remapped(x, cached, shard)
+        else:
+            seen = (cached.document, cached.kept_tokens, cached.tail, cached.tail_offset)
+            out, _ = attend_shard(q, *seen, shard, query_tokens=cached.query_tokens)
+        if shard.count == 1:
+            return out.astype(q.dtype)
+        keys = cached.document[0]
+        # The mean of the anchor's keys, from shard 0 to all: the first key that every shard's scorer sees.
+        anchor = jnp.minimum(self.anchor_tokens or self.block_tokens or shard.block_rows, cached.kept_tokens)
+        inside = (jnp.arange(keys.shape[1], dtype=jnp.int32) < anchor[:, None])[..., None, None]
+        total = jnp.where(inside, keys.astype(jnp.float32), 0.0).sum(axis=1, keepdims=True)
+        mean = total / jnp.maximum(anchor, 1).astype(jnp.float32)[:, None, None, None]
+        sigma = jax.lax.psum(jnp.where(shard.index == 0, mean, 0.0), shard.axis)
+        # The scorer sees at most as many keys as query rows; on the last shard the query's own keys stand in the cache.
+        tail_rows = jnp.where(shard.index == shard.count - 1, cached.tail_offset + cached.rows, 0)
+        width = q.shape[1]
+        scored = jnp.concatenate([sigma, keys[:, :width].astype(jnp.float32)], axis=1)
+        scored = _append(scored, cached.tail[0].astype(jnp.float32), cached.kept_tokens + 1)
+        raw = shard_weight(q, scored, cached.rows, 1 + cached.kept_tokens + tail_rows, self.stride)
+        weight = jnp.exp(raw - jax.lax.pmax(raw, shard.axis))[:, None, :, None]
+        both = jax.lax.psum(jnp.concatenate([out * weight, weight + jnp.zeros_like(out[..., :1])], -1), shard.axis)
+        return (both[..., :-1] / both[..., -1:]).astype(q.dtype)
+
+
+def _append(
+    head: Float[Array, "B T K D"], tail: Float[Array, "B W K D"], at: Int[Array, " B"]
+) -> Float[Array, "B T K D"]:
+    """``head`` with ``tail`` written from row ``at`` on, where it reaches into it (a cache shorter than the query)."""
+    row = jnp.arange(head.shape[1], dtype=jnp.int32)[None]
+    source = jnp.clip(row - at[:, None], 0, tail.shape[1] - 1)
+    moved = jnp.take_along_axis(tail, source[..., None, None], axis=1)
+    return jnp.where((row >= at[:, None])[..., None, None], moved, head)
+
+
+@dataclass(frozen=True)
+class StarXSparse(Star):
+    """Star with XAttention's block selection inside each block (the anchor always seen) and the exact merge: ours."""
+
+    stride: int = 16
+    threshold: float = 0.9
+    sparse_block: int = BLOCK
+
+    name: ClassVar[str] = "starx_sparse"
+    can: ClassVar[Capabilities] = Capabilities(
+        exact=False, paper="ours: Star + XAttention selection", remaps_positions=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_estimator(self.stride, self.threshold, self.sparse_block)
+        for field in ("block_tokens", "anchor_tokens"):
+            size = getattr(self, field)
+            if size is None and field == "block_tokens":
+                raise UserError(f"method 'starx_sparse' needs block_tokens, a multiple of {self.sparse_block}")
+            if size is not None and size % self.sparse_block:
+                nearest = max(1, round(size / self.sparse_block)) * self.sparse_block
+                raise UserError(f"{field} is {size}; it must be a multiple of {self.sparse_block} (nearest: {nearest})")
+
+    def attend_block(
+        self,
+        x: LayerInputs,
+        anchor: Keys,
+        first: Int[Array, " B"] | int,
+        block: tuple[int, int],
+        shard: Shard,
+        kernels: Kernels,
+    ) -> Float[Array, "B C H D"]:
+        q, k = x.rotated()
+        size, slots = self.sparse_block, anchor.tokens
+        start, stop = block
+        keys = Keys(*(jnp.concatenate([a, b[:, start:stop]], axis=1) for a, b in ((anchor.k, k), (anchor.v, x.v))))
+        q = q[:, start:stop]
+        rows = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
+        hidden = jnp.asarray(first, jnp.int32)
+        mass = block_mass(
+            q, keys.k, stride=self.stride, block=size, q_tokens=rows, k_tokens=rows + slots, offset=slots,
+            first_key=hidden,
+        )  # fmt: skip
+        own = slots // size + jnp.arange(q.shape[1] // size, dtype=jnp.int32)[:, None]
+        column = jnp.arange(keys.tokens // size, dtype=jnp.int32)[None]
+        seen = (column <= own) & (column >= hidden // size)
+        forced = ((column < slots // size) | (column == own)) & seen
+        chosen = select_blocks(mass, forced, seen, jnp.full((q.shape[2],), self.threshold, jnp.float32))
+        return attend_blocks(q, keys, chosen, size, slots)

@@ -1,0 +1,77 @@
+"""The KV cache: document KV sharded over the sequence axis, and a short tail for query and generated tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from apb_jax.mesh import SP, TP
+from apb_jax.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """K (after RoPE) and V of all layers, [L, B, rows, K, D]."""
+
+    k: Float[Array, "L B rows K D"]
+    v: Float[Array, "L B rows K D"]
+
+    @classmethod
+    def zeros(cls, config: ModelConfig, batch: int, rows: int, dtype: Any) -> Self:
+        """An empty cache; ``rows`` over all shards."""
+        shape = (config.num_layers, batch, rows, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def at(self, layer: Int[Array, ""]) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
+        """K and V of one layer."""
+        take = jax.lax.dynamic_index_in_dim
+        return take(self.k, layer, keepdims=False), take(self.v, layer, keepdims=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DocumentCache(LayerKV):
+    """The document's KV; global rows = shards x cache capacity, each shard's padding at its end."""
+
+    @staticmethod
+    def specs() -> DocumentCache:
+        """Rows over ``sp``, heads over ``tp``."""
+        spec = PartitionSpec(None, None, SP, TP, None)
+        return DocumentCache(spec, spec)  # type: ignore[arg-type]
+
+    def write(self, layer: Int[Array, ""], k: Float[Array, "B C K D"], v: Float[Array, "B C K D"]) -> DocumentCache:
+        """This cache with one layer replaced."""
+        put = jax.lax.dynamic_update_index_in_dim
+        return DocumentCache(put(self.k, k, layer, 0), put(self.v, v, layer, 0))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TailCache(LayerKV):
+    """KV of the query and the answer so far; every shard computes and holds it, the last shard counts it.
+
+    Slot j holds tail token j: a request's query occupies 0..m-1, its t-th generated token slot m + t.
+    """
+
+    @staticmethod
+    def specs() -> TailCache:
+        """Replicated over ``sp``, heads over ``tp``."""
+        spec = PartitionSpec(None, None, None, TP, None)
+        return TailCache(spec, spec)  # type: ignore[arg-type]
+
+    def write(
+        self,
+        layer: Int[Array, ""],
+        slot: Int[Array, " B"],
+        k: Float[Array, "B M K D"],
+        v: Float[Array, "B M K D"],
+    ) -> TailCache:
+        """This cache with M slots of one layer written, starting at each request's ``slot``."""
+        batch = jnp.arange(k.shape[0])[:, None]
+        slots = slot[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+        return TailCache(self.k.at[layer, batch, slots].set(k), self.v.at[layer, batch, slots].set(v))

@@ -1,0 +1,97 @@
+"""``python -m apb_jax.calibrate``: measure prefill on this machine once, for ``--method auto``.
+
+    python -m apb_jax.calibrate --model tiny --lengths 1k,4k
+    python -m apb_jax.calibrate --model llama3.1-8b --lengths 4k,16k,64k
+
+Weights are random: times do not depend on them. The table goes to ~/.cache/apb_jax/calibration (or $XDG_CACHE_HOME).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from apb_jax.config import DEFAULT_SIMULATED, parse_length
+from apb_jax.errors import UserError
+
+QUERY_TOKENS = 32
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Comma-separated lengths, ascending."""
+    return sorted({parse_length(part) for part in text.split(",")})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure full on one device, and ring, Ulysses and APB on all of them, at every length."""
+    parser = argparse.ArgumentParser(
+        prog="python -m apb_jax.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", help="preset, HF folder or HF id (default: tiny)")
+    parser.add_argument("--sp", type=int, default=None, help="devices (default: all GPUs; without a GPU 8 simulated)")
+    parser.add_argument("--lengths", type=parse_lengths, default=[1024, 4096], help="document lengths (default: 1k,4k)")
+    parser.add_argument("--repeat", type=int, default=3, help="timed runs a row; the median counts (default: 3)")
+    args = parser.parse_args(argv)
+    if args.repeat < 1:
+        raise UserError(f"--repeat is {args.repeat}; it must be at least 1")
+    if args.sp is not None and args.sp < 1:
+        raise UserError(f"--sp is {args.sp}; it must be at least 1")
+
+    from apb_jax.mesh import has_accelerator, simulate_devices
+
+    if not has_accelerator():
+        simulate_devices(args.sp or DEFAULT_SIMULATED)
+    import jax
+
+    from apb_jax.attention.auto import calibration_path, write_calibration
+    from apb_jax.checkpoint import load
+    from apb_jax.compile_cache import use_compile_cache
+
+    use_compile_cache()
+    model = load(args.model, weights="random")
+    longest = model.config.max_positions - QUERY_TOKENS
+    if args.lengths[-1] > longest:
+        raise UserError(f"--lengths has {args.lengths[-1]}; {args.model} has positions for at most {longest}")
+    rows = measure(model, args.sp or len(jax.devices()), args.lengths, args.repeat)
+    path = calibration_path(model.config, model.dtype.name)
+    write_calibration(path, jax.devices()[0].device_kind, rows)
+    print(f"{len(rows)} measurements written to {path}")
+
+
+def measure(model: object, devices: int, lengths: list[int], repeat: int) -> list:
+    """One ``Measurement`` per method and length."""
+    import statistics
+
+    import numpy as np
+
+    from apb_jax.attention.auto import Measurement
+    from apb_jax.checkpoint import LoadedModel
+    from apb_jax.engine import Engine
+    from apb_jax.mesh import make_mesh
+
+    assert isinstance(model, LoadedModel)
+    rng = np.random.default_rng(0)
+    wanted = [("full", 1), *([(name, devices) for name in ("ring", "ulysses", "apb")] if devices > 1 else [])]
+    rows, engines = [], {}
+    for method, count in wanted:
+        if count not in engines:
+            engines[count] = Engine(model, method, make_mesh(sp=count))
+        engine = engines[count].with_method(method)
+        for tokens in lengths:
+            ids = [rng.integers(0, model.config.vocab_size, n) for n in (tokens, QUERY_TOKENS)]
+            prompt = engine.prompt(*ids)
+            chosen, _ = engine.choose([prompt])
+            if chosen.name != method:  # too short for it: what it falls back to is not what is asked about
+                continue
+            times = [engine.prefill([prompt]).prefill_s for _ in range(repeat + 1)][1:]
+            rows.append(Measurement(method, count, tokens, statistics.median(times)))
+            print(f"{method:<8} on {count:>2}  {tokens:>8} tokens  {rows[-1].prefill_s:9.4f} s", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

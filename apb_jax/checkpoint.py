@@ -1,0 +1,360 @@
+"""Loading a model by name or folder: headers are checked at once, weights go to their place on a mesh later."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from apb_jax.errors import UserError
+from apb_jax.model.config import ModelConfig
+from apb_jax.model.transformer import Transformer, partition_specs
+from converters.folding import fold
+from converters.hf_folder import HEADS_FILE, read_config, read_entries
+from converters.locate import Located, cached_heads, is_orbax, locate, locate_heads
+from converters.manifest import check_sizes, read_manifest
+from converters.mapping import RETAINING_HEADS, Rule, check, rules_for, sizes_of
+from converters.orbax_folder import check_parameters, restore
+from converters.retaining_heads import check_heads, read_heads, split_heads
+from converters.safetensors_header import TensorEntry
+from converters.stream import Progress, stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = {
+    "bf16": jnp.bfloat16,
+    "bfloat16": jnp.bfloat16,
+    "fp32": jnp.float32,
+    "f32": jnp.float32,
+    "float32": jnp.float32,
+}
+PUBLISHED_HIDDEN = 1024
+"""Width of fc1 in every published set of retaining heads (APB 7.7)."""
+PRESET_SIZES = (
+    "family", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+class WeightSource(Protocol):
+    """Where weights come from. ``place`` puts them on the devices of ``shardings`` (our path -> sharding)."""
+
+    @property
+    def folded(self) -> bool:
+        """Whether it holds folded retaining heads ready made."""
+        ...
+
+    def place(
+        self, model: LoadedModel, shardings: dict[str, Sharding], progress: Progress | None
+    ) -> dict[str, jax.Array]: ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model whose checkpoint passed every check that headers allow; ``place`` reads the weights."""
+
+    name: str
+    config: ModelConfig
+    dtype: Any
+    retaining_hidden: int | None
+    source: WeightSource
+    tokenizer: PreTrainedTokenizerBase | None
+    folder: Path | None
+    fold_heads: bool = False
+    """Whether the retaining heads are folded into the QKV projections (same scores, less work)."""
+
+    @cached_property
+    def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(nnx.eval_shape(lambda: self.build(0)))
+
+    def build(self, seed: int) -> Transformer:
+        """The module with random weights."""
+        return Transformer(
+            self.config,
+            retaining_hidden=self.retaining_hidden,
+            dtype=self.dtype,
+            rngs=nnx.Rngs(seed),
+            folded_heads=self.fold_heads,
+        )
+
+    def graph(self) -> nnx.GraphDef:
+        """The module's structure without weights."""
+        return self._abstract[0]
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter by path ("layers.q")."""
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(self._abstract[1])}
+
+    def specs(self) -> dict[str, PartitionSpec]:
+        """The partition of every parameter over the mesh axis "tp"."""
+        return dict(_flat(partition_specs(self._abstract[1])))
+
+    def shardings(self, mesh: Mesh | None) -> dict[str, Sharding]:
+        """Where every parameter goes: split over the mesh axis "tp" as the model says, replicated over the others."""
+        if mesh is None:
+            device = SingleDeviceSharding(jax.devices()[0])
+            return {path: device for path, _ in _flat(self._abstract[1])}
+        self.check_tp(mesh.shape["tp"])
+        return {path: NamedSharding(mesh, spec) for path, spec in self.specs().items()}
+
+    def check_tp(self, tp: int) -> None:
+        """Refuse a tensor-parallel width that some parameter cannot be split into."""
+        specs = self.specs()
+        for path, shape in self.shapes().items():
+            for size, axis in zip(shape.shape, specs[path], strict=False):
+                if axis == "tp" and size % tp:
+                    raise UserError(
+                        f"tp={tp} does not divide {path} {shape.shape} (axis of {size}); "
+                        f"choose a tp that divides {self.config.num_kv_heads} KV heads"
+                    )
+
+    def place(self, mesh: Mesh | None, progress: Progress | None = None) -> nnx.State:
+        """Weights in their sharding on ``mesh`` (axes "sp", "tp"; None: the first device). Reads the files now."""
+        shardings = self.shardings(mesh)
+        if not self.fold_heads or self.source.folded:
+            arrays = self.source.place(self, shardings, progress)
+        else:
+            plain = replace(self, fold_heads=False)
+            arrays = plain.source.place(plain, plain.shardings(mesh), progress)
+            arrays |= fold(arrays, self.shapes(), shardings)
+        state = self._abstract[1]
+        return nnx.from_flat_state(
+            [(path, leaf.replace(arrays[_path(path)])) for path, leaf in nnx.to_flat_state(state)]
+        )
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """Initialised on the devices, in their sharding: for benchmarks and tests."""
+
+    seed: int = 0
+    folded: bool = True
+
+    def place(
+        self, model: LoadedModel, shardings: dict[str, Sharding], progress: Progress | None
+    ) -> dict[str, jax.Array]:
+        """Every parameter at random; nothing passes through the host."""
+        init = jax.jit(lambda: dict(_flat(nnx.state(model.build(self.seed)))), out_shardings=shardings)
+        return init()
+
+
+@dataclass(frozen=True)
+class HFFolder:
+    """An HF folder, checked: which tensor of which file becomes which parameter."""
+
+    path: Path
+    entries: dict[str, TensorEntry]
+    folded: bool = False
+
+    @classmethod
+    def open(cls, path: Path, heads: Path | None) -> tuple[HFFolder, ModelConfig, int | None]:
+        """(source, configuration, width of the retaining heads): every header against every rule."""
+        config = read_config(path)
+        entries, own_heads = split_heads(read_entries(path))
+        head_entries = read_heads(heads) if heads else own_heads
+        hidden = check_heads(head_entries, config) if head_entries else None
+        entries |= head_entries
+        check(
+            entries,
+            rules_for(config, hidden),
+            family=config.family,
+            sizes=sizes_of(config, hidden),
+            num_layers=config.num_layers,
+        )
+        return cls(path, entries), config, hidden
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, each once."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @property
+    def dtypes(self) -> set[str]:
+        """The dtypes of the tensors, as safetensors spells them."""
+        return {entry.dtype for entry in self.entries.values()}
+
+    def place(
+        self, model: LoadedModel, shardings: dict[str, Sharding], progress: Progress | None
+    ) -> dict[str, jax.Array]:
+        """Read the files, a few layers at a time."""
+        rules = rules_for(model.config, model.retaining_hidden)
+        return _stream(self.entries, rules, model, shardings, progress)
+
+
+@dataclass(frozen=True)
+class OrbaxFolder:
+    """A converted folder; ``heads``: retaining heads from another file in place of its own."""
+
+    path: Path
+    heads: dict[str, TensorEntry] | None = None
+    folded: bool = False
+
+    @classmethod
+    def open(cls, path: Path, heads: Path | None) -> tuple[OrbaxFolder, ModelConfig, int | None]:
+        """(source, configuration, width of the retaining heads): the manifest against sizes and configuration."""
+        manifest = read_manifest(path)
+        if manifest is None or manifest.kind != "orbax":
+            raise UserError(f"{path} is no converted folder; `python -m converters hf` makes one")
+        check_sizes(path, manifest)
+        config = read_config(path)
+        check_parameters(path, manifest, config)
+        if heads is None:
+            return cls(path, folded=manifest.folded_heads), config, manifest.retaining_hidden
+        entries = read_heads(heads)
+        return cls(path, entries), config, check_heads(entries, config)
+
+    def place(
+        self, model: LoadedModel, shardings: dict[str, Sharding], progress: Progress | None
+    ) -> dict[str, jax.Array]:
+        """Restore straight into the shardings, whatever mesh the folder was converted on."""
+        shapes = model.shapes()
+        if self.heads is None:
+            return dict(restore(self.path, shapes, shardings, progress))
+        rules = {rule.path: rule for rule in RETAINING_HEADS}
+        own = {path: shape for path, shape in shapes.items() if path not in rules}
+        arrays = dict(restore(self.path, own, shardings, progress))
+        return arrays | _stream(self.heads, RETAINING_HEADS, model, shardings, None)
+
+
+def _stream(
+    entries: dict[str, TensorEntry],
+    rules: tuple[Rule, ...],
+    model: LoadedModel,
+    shardings: dict[str, Sharding],
+    progress: Progress | None,
+) -> dict[str, jax.Array]:
+    return dict(
+        stream(
+            entries,
+            rules,
+            sizes=sizes_of(model.config, model.retaining_hidden),
+            num_layers=model.config.num_layers,
+            dtype=model.dtype,
+            shardings=shardings,
+            progress=progress,
+        )
+    )
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    weights: str | Path | None = None,
+    heads: str | Path | None = None,
+    dtype: str | None = None,
+    fold_heads: bool | None = None,
+) -> LoadedModel:
+    """Find a model, check its headers, load its tokenizer; no weights are read yet.
+
+    Args:
+        name_or_path: a preset, an HF folder, a converted (orbax) folder, or a hub id ("owner/name").
+        weights: another folder to take configuration and weights from, or "random" (initialised on the devices).
+        heads: retaining heads: a safetensors or torch ``.bin`` file, or the hub id of one; by default
+            ``retaining_heads.safetensors`` inside the folder, or a preset's published heads if the hub cache has them.
+        dtype: "bf16" or "float32"; by default bf16 on GPUs and float32 on CPUs.
+        fold_heads: fold the retaining heads into the QKV projections (``converters/folding.py``); by default only where
+            a converted folder holds them folded.
+
+    Raises:
+        UserError: what is wrong with the name, the folder, a header or a shape, in one line.
+    """
+    parsed = parse_dtype(dtype)
+    located = locate(name_or_path, weights_needed=weights is None)
+    folder = located.folder
+    if weights is not None and str(weights) != "random":
+        folder = locate(weights).folder
+    head_file = _head_file(heads, folder, located)
+    if str(weights) == "random":
+        source, config, hidden = _random(located, head_file)
+    else:
+        assert folder is not None  # locate() returns one where weights are needed
+        opened = OrbaxFolder if is_orbax(folder) else HFFolder
+        source, config, hidden = opened.open(folder, head_file)
+    if located.preset is not None:
+        _check_preset(located.name, located.preset.config, config, folder)
+    if fold_heads and hidden is None:
+        raise UserError(f"{located.name} has no retaining heads to fold; give heads=FILE")
+    stored = isinstance(source, OrbaxFolder) and source.folded
+    return LoadedModel(
+        name=located.name,
+        config=config,
+        dtype=parsed,
+        retaining_hidden=hidden,
+        source=source,
+        tokenizer=load_tokenizer(folder) if folder else None,
+        folder=folder,
+        fold_heads=stored if fold_heads is None else fold_heads,
+    )
+
+
+def _head_file(heads: str | Path | None, folder: Path | None, located: Located) -> Path | None:
+    if heads is not None:
+        return locate_heads(heads)
+    if folder is not None and not is_orbax(folder) and (folder / HEADS_FILE).exists():
+        return folder / HEADS_FILE
+    if located.preset is not None and located.preset.heads_hub_id and located.hub_id:
+        return cached_heads(located.preset.heads_hub_id)
+    return None
+
+
+def _random(located: Located, head_file: Path | None) -> tuple[WeightSource, ModelConfig, int | None]:
+    """Random weights; retaining heads of the published width where the model has published heads or a file is given."""
+    if located.preset is not None:
+        config = located.preset.config
+    else:
+        assert located.folder is not None  # only presets are located without a folder
+        config = read_config(located.folder)
+    if head_file is not None:
+        return RandomWeights(), config, check_heads(read_heads(head_file), config)
+    published = located.preset is not None and located.preset.heads_hub_id
+    return RandomWeights(), config, PUBLISHED_HIDDEN if published else None
+
+
+def _check_preset(name: str, preset: ModelConfig, config: ModelConfig, folder: Path | None) -> None:
+    for field in PRESET_SIZES:
+        if getattr(preset, field) != getattr(config, field):
+            raise UserError(
+                f"{folder} is not {name!r}: its {field} is {getattr(config, field)}, the preset's is "
+                f"{getattr(preset, field)}; give the folder itself as the model"
+            )
+
+
+def parse_dtype(dtype: str | None) -> Any:
+    """The array dtype of a name; None: bf16 on accelerators, float32 on CPUs."""
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; choose bf16 or float32")
+    return jnp.dtype(DTYPES[dtype])
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer, or None where it has none."""
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+        return None
+    # transformers advises everybody without PyTorch to install it; only its tokenizers are used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer in {folder} does not load: {line}") from error
+
+
+def _flat(state: Any) -> list[tuple[str, Any]]:
+    """(path, array or spec) of every parameter of an nnx State."""
+    return [(_path(path), leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]
+
+
+def _path(path: Any) -> str:
+    return ".".join(map(str, path))

@@ -1,0 +1,306 @@
+"""RunConfig: everything a run was asked for. The only place where a command line's strings become types."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from apb_jax.errors import UserError
+
+DEFAULT_SEQ = 8192
+DEFAULT_SIMULATED = 8
+KERNELS = ("auto", "reference", "xla_chunked", "cudnn", "mosaic_gpu")
+SUFFIX = {"": 1, "k": 1024, "m": 1024 * 1024}
+
+
+def parse_length(text: str) -> int:
+    """Tokens: "8192", "8k" (8192), "128k" (131072), "1m" (1048576)."""
+    match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
+    if not match or int(match[1]) == 0:
+        raise UserError(f"length {text!r} is not a number of tokens; write for example 8192, 8k, 128k or 1m")
+    return int(match[1]) * SUFFIX[match[2]]
+
+
+def _number(kind: type, name: str, low: float, high: float | None = None) -> Any:
+    """An argparse type: a number within bounds, refused in words."""
+
+    def parse(text: str) -> Any:
+        rule = f"at least {low}" if high is None else f"between {low} and {high}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise UserError(f"{name} is {text!r}; it must be a number, {rule}") from None
+        if not value >= low or (high is not None and value > high):
+            nearest = low if not value >= low else high
+            raise UserError(f"{name} is {text}; it must be {rule} (nearest legal choice: {nearest})")
+        return value
+
+    return parse
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """An argparse type: FIELD=VALUE with a Python literal or a word as value."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or not value:
+        raise UserError(f"--set {text!r} is not of the form FIELD=VALUE, for example --set zigzag=false")
+    words = {"true": True, "false": False, "none": None}
+    try:
+        return name, words[value.lower()] if value.lower() in words else ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of ``python -m apb_jax.run``; see ``--help`` for the meaning of the fields."""
+
+    model: str = "tiny"
+    weights: str | None = None
+    heads: str | None = None
+    template: str | None = None
+    seq: int | None = None
+    sp: int | None = None
+    tp: int = 1
+    virtual_shards: int = 1
+    method: str = "apb"
+    options: tuple[tuple[str, Any], ...] = ()
+    kernels: str = "auto"
+    bottom_right_query: bool = False
+    document: str | None = None
+    query: str | None = None
+    needle: str | None = None
+    depth: float = 0.5
+    seed: int = 0
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    dtype: str | None = None
+    compare: tuple[str, ...] = ()
+    rope: str | None = None
+    string_offset: float = 0.33
+    string_local: int = 128
+    json: bool = False
+    profile: str | None = None
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.document is not None and self.query is None:
+            raise UserError(f"--document {self.document} comes without a question; add --query TEXT")
+        if self.query is not None and self.document is None:
+            raise UserError("--query asks about a document; add --document FILE (or - for standard input)")
+        if self.query is not None and not self.query.strip():
+            raise UserError("--query is empty; it needs at least one word")
+        if self.document is not None and self.needle is not None:
+            raise UserError("--needle hides digits in a generated document; it cannot be combined with --document")
+        if self.needle is not None and not re.fullmatch(r"[0-9]{1,32}", self.needle):
+            raise UserError(f"--needle is {self.needle!r}; it must be 1 to 32 digits, for example 8675309")
+        if self.document not in (None, "-"):
+            path = Path(str(self.document))
+            if not path.exists():
+                raise UserError(f"--document {path}: no such file{_near_file(path)}")
+            if path.is_dir():
+                raise UserError(f"--document {path} is a folder; give one text file")
+        if self.heads is not None and not Path(self.heads).is_file():
+            raise UserError(f"--heads {self.heads}: no such file{_near_file(Path(self.heads))}")
+        if self.weights not in (None, "random") and not Path(str(self.weights)).is_dir():
+            raise UserError(f"--weights {self.weights}: no such folder; give a folder with *.safetensors, or 'random'")
+        if self.heads is not None and self.weights == "random":
+            raise UserError("--heads has no meaning with --weights random; drop one of the two")
+        if self.profile is not None and Path(self.profile).is_file():
+            raise UserError(f"--profile {self.profile} is a file; give a folder for the trace")
+        if self.virtual_shards > 1 and (self.tp > 1 or (self.sp or 1) > 1):
+            raise UserError(
+                f"--virtual-shards {self.virtual_shards} needs one device, not --sp {self.sp or 1} --tp {self.tp}; "
+                "drop --sp and --tp"
+            )
+        if self.method in self.compare:
+            raise UserError(f"--compare {self.method} is the method itself; compare with another one, such as full")
+        if self.method == "auto" and self.method_options:
+            raise UserError(f"--method auto decides itself; drop {sorted(self.method_options)} or name a method")
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """Options given for the method, without those left to their presets."""
+        return {name: value for name, value in self.options if value is not None}
+
+    def read_document(self) -> str:
+        """The text of ``--document``; refuses what is empty or not UTF-8."""
+        import sys
+
+        assert self.document is not None
+        name = "standard input" if self.document == "-" else self.document
+        try:
+            raw = sys.stdin.buffer.read() if self.document == "-" else Path(self.document).read_bytes()
+        except OSError as error:
+            raise UserError(f"--document {name} cannot be read: {error.strerror}") from error
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--document {name} is not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start}); "
+                "convert it, for example with iconv -t utf-8"
+            ) from error
+        if not text.strip():
+            raise UserError(f"--document {name} is empty ({len(raw)} bytes); it needs at least one word")
+        return text
+
+
+def _near_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else None
+    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1) if folder else []
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors: one line, no usage dump."""
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, UserError):  # our own words, not "invalid parse value"
+                raise error.__context__ from None
+            raise
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message += f"; did you mean {near[0]}?" if near else "; see --help"
+        raise UserError(message)
+
+
+EPILOG = """examples:
+  python -m apb_jax.run                                  find a hidden number, packaged model, 8 simulated devices
+  python -m apb_jax.run --seq 16k --depth 0.2 --compare full
+                                                         the same at 16K tokens, beside full attention, with a receipt
+  python -m apb_jax.run --document book.txt --query "Who is Coxon?"
+  python -m apb_jax.run --model llama3.1-8b --seq 128k   Llama 3.1 8B (weights from the HF cache) on all GPUs
+  python -m apb_jax.run --model llama3.1-8b --seq 128k --weights random --sp 8 --json
+                                                         a benchmark without weights; the last line is JSON
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m apb_jax.run``."""
+    parser = _Parser(
+        prog="python -m apb_jax.run",
+        description="Answer a question about a long document. The document is split over the sequence axis of a device "
+        "mesh; APB makes its prefill cheap, and decoding over the sharded cache is exact.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="tiny", metavar="NAME", help="preset, HF folder or HF id (default: tiny)")
+    group.add_argument(
+        "--weights", metavar="PATH|random", help="folder with other weights, or random ones (benchmarks)"
+    )
+    group.add_argument("--heads", metavar="FILE", help="retaining heads (safetensors); default: beside the weights")
+    group.add_argument(
+        "--template", metavar="NAME", help="chat template: llama3, qwen, mistral, base (default: by model)"
+    )
+    group.add_argument("--dtype", choices=("bf16", "float32"), help="default: bf16 on GPUs, float32 on CPUs")
+
+    group = parser.add_argument_group("input")
+    group.add_argument("--document", metavar="FILE|-", help="UTF-8 text file, or - for standard input")
+    group.add_argument("--query", metavar="TEXT", help="the question about --document")
+    group.add_argument("--needle", metavar="DIGITS", help="hide these digits in a generated document and ask for them")
+    group.add_argument("--depth", type=_number(float, "--depth", 0, 1), default=0.5, help="where: 0 start, 1 end")
+    group.add_argument(
+        "--seq",
+        type=parse_length,
+        metavar="LENGTH",
+        help="context length of a generated document with query and answer, or the most that is kept of --document "
+        "(start and end); 8192, 8k, 128k, 1m (default: 8k; a --document whole)",
+    )
+    group.add_argument(
+        "--seed", type=_number(int, "--seed", 0), default=0, help="of filler, random digits and sampling"
+    )
+
+    group = parser.add_argument_group("mesh")
+    group.add_argument(
+        "--sp",
+        type=_number(int, "--sp", 1, 1024),
+        metavar="N",
+        help="devices on the sequence axis (default: all GPUs; without a GPU 8 simulated devices)",
+    )
+    group.add_argument(
+        "--tp", type=_number(int, "--tp", 1, 64), default=1, metavar="M", help="devices on the tensor axis"
+    )
+    group.add_argument(
+        "--virtual-shards",
+        type=_number(int, "--virtual-shards", 1, 64),
+        default=1,
+        metavar="N",
+        help="split the document into N shards on one device (--sp 1)",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: address of process 0")
+    group.add_argument("--processes", type=_number(int, "--processes", 1), metavar="N", help="how many processes")
+    group.add_argument("--process", type=_number(int, "--process", 0), metavar="I", help="which one this is")
+
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--method",
+        default="apb",
+        metavar="NAME",
+        help="apb (default); exact: full, ring, ulysses; approximate: star, starx, starx_sparse, streaming, "
+        "minference, xattention, infllm, locret, spava; auto: by what python -m apb_jax.calibrate measured here",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        type=_setting,
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a hyper-parameter of the method, such as --method ring --set zigzag=false; may be repeated",
+    )
+    group.add_argument("--rope", choices=("string",), help="remapped positions (STRING) under the method")
+    group.add_argument(
+        "--string-offset", type=float, default=0.33, metavar="SHARE|TOKENS", help="distance from which keys are shifted"
+    )
+    group.add_argument("--string-local", type=_number(int, "--string-local", 0), default=128, metavar="TOKENS")
+    group.add_argument(
+        "--anchor", type=_number(int, "--anchor", 0), metavar="TOKENS", help="APB: anchor, query included"
+    )
+    group.add_argument("--passing", type=_number(int, "--passing", 0), metavar="TOKENS", help="APB: passed per shard")
+    group.add_argument(
+        "--query-at", type=_number(int, "--query-at", 0), metavar="INDEX", help="APB: query in the anchor"
+    )
+    group.add_argument("--scorer", choices=("heads", "query"), help="APB: retaining heads, or training-free")
+    group.add_argument(
+        "--bottom-right-query",
+        action="store_true",
+        help="reproduce the published code's causal mask of the query phase on shards without the query",
+    )
+    group.add_argument("--kernels", choices=KERNELS, default="auto", help="prefill attention; a name never falls back")
+    group.add_argument(
+        "--compare",
+        type=lambda text: tuple(name.strip() for name in text.split(",") if name.strip()),
+        default=(),
+        metavar="METHOD,...",
+        help="run these on the same input too and print what the method changed against each (the receipt)",
+    )
+
+    group = parser.add_argument_group("answer and output")
+    group.add_argument("--max-new-tokens", type=_number(int, "--max-new-tokens", 1), metavar="N", help="default: 32")
+    group.add_argument("--temperature", type=_number(float, "--temperature", 0), default=0.0, help="0 is greedy")
+    group.add_argument("--top-p", type=_number(float, "--top-p", 0.0001, 1), default=1.0, help="nucleus sampling")
+    group.add_argument("--json", action="store_true", help="a JSON object as the last line of standard output")
+    group.add_argument("--profile", metavar="DIR", help="write a jax.profiler trace of the run there")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> RunConfig:
+    """A RunConfig from a command line; UserError for what is wrong with it."""
+    given = vars(make_parser().parse_args(argv))
+    names = {"anchor": "anchor_tokens", "passing": "passing_tokens", "query_at": "query_at", "scorer": "scorer"}
+    options = tuple((field, given.pop(flag)) for flag, field in names.items()) + tuple(given.pop("set"))
+    return RunConfig(options=options, **given)

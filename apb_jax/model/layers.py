@@ -1,0 +1,144 @@
+"""The decoder layer: RMSNorm, grouped-query attention around an exchangeable attention function, SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from apb_jax.model.config import ModelConfig
+from apb_jax.model.rope import Rope, rotate
+from apb_jax.retaining.heads import FoldedRetainingHead, RetainingHead
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one attention layer gets: projections before RoPE (local rows and heads), how to rotate and score them."""
+
+    q: Float[Array, "B S H D"]
+    k: Float[Array, "B S K D"]
+    v: Float[Array, "B S K D"]
+    cos: Float[Array, "B S Dhalf"]
+    sin: Float[Array, "B S Dhalf"]
+    layer: Int[Array, ""]
+    retaining: RetainingHead | FoldedRetainingHead | None
+    positions: Int[Array, "B S"]
+    rope: Rope = field(metadata={"static": True})
+    tp_axis: str | None = field(default=None, metadata={"static": True})
+
+    def rotated(self) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"]]:
+        """q and k at their positions."""
+        return rotate(self.q, self.cos, self.sin), rotate(self.k, self.cos, self.sin)
+
+
+Attend = Callable[[LayerInputs, Any], tuple[Float[Array, "B S H D"], Any]]
+"""(inputs, carry) -> (attention output before o_proj, carry): the carry holds the KV cache."""
+
+
+def rms_norm(x: Float[Array, "*rows E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "*rows E"]:
+    """Normalised in float32, cast back, then scaled (the order of transformers' LlamaRMSNorm)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * weight
+
+
+def project(x: Float[Array, "B S I"], weight: Float[Array, "I O"]) -> Float[Array, "B S O"]:
+    """x @ weight accumulated in float32, in the dtype of x; float32 inputs are multiplied as float32 (no TF32)."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    if x.shape[0] * x.shape[1] == 1 and jax.default_backend() == "gpu":
+        # One row: XLA fuses the slice of the stacked weights into a reduction; a matmul would copy the slice first.
+        wide = x.astype(jnp.float32).reshape(-1, 1) * weight.astype(jnp.float32)
+        return jnp.sum(wide, axis=0).astype(x.dtype).reshape(*x.shape[:2], -1)
+    return jnp.matmul(x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+class DecoderLayers(nnx.Module):
+    """All decoder layers, each weight stacked on a leading layer axis; matrices are input-major ([L, in, out])."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        retaining_hidden: int | None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        folded_heads: bool = False,
+    ) -> None:
+        n, e, f = config.num_layers, config.hidden_size, config.intermediate_size
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+        def matrix(rows: int, columns: int) -> nnx.Param:
+            scale = jnp.asarray(rows**-0.5, dtype)
+            return nnx.Param(jax.random.normal(rngs.params(), (n, rows, columns), dtype) * scale)
+
+        self.config = config
+        self.attention_norm = nnx.Param(jnp.ones((n, e), dtype))
+        self.q, self.k, self.v, self.o = matrix(e, q), matrix(e, kv), matrix(e, kv), matrix(q, e)
+        if config.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((n, q), dtype))
+            self.k_bias = nnx.Param(jnp.zeros((n, kv), dtype))
+            self.v_bias = nnx.Param(jnp.zeros((n, kv), dtype))
+        self.mlp_norm = nnx.Param(jnp.ones((n, e), dtype))
+        self.gate, self.up, self.down = matrix(e, f), matrix(e, f), matrix(f, e)
+        if retaining_hidden and folded_heads:
+            self.fc1_folded = matrix(e, retaining_hidden)
+            if config.qkv_bias:
+                self.fc1_bias = nnx.Param(jnp.zeros((n, retaining_hidden), dtype))
+        elif retaining_hidden:
+            self.fc1_q, self.fc1_k, self.fc1_v = (matrix(w, retaining_hidden) for w in (q, kv, kv))
+        if retaining_hidden:
+            self.fc2 = matrix(retaining_hidden, config.num_kv_heads)
+
+    def retaining_head(self, h: Float[Array, "B S E"]) -> RetainingHead | FoldedRetainingHead | None:
+        """The heads of this module's layer slice (None: the model has none); ``h``: what q, k, v are made from."""
+        if not hasattr(self, "fc2"):
+            return None
+        if hasattr(self, "fc1_folded"):
+            hidden = project(h, self.fc1_folded[...])
+            hidden = hidden + self.fc1_bias[...] if self.config.qkv_bias else hidden
+            return FoldedRetainingHead(hidden, self.fc2[...])
+        return RetainingHead(self.fc1_q[...], self.fc1_k[...], self.fc1_v[...], self.fc2[...])
+
+    def __call__(
+        self,
+        x: Float[Array, "B S E"],
+        cos: Float[Array, "B S Dhalf"],
+        sin: Float[Array, "B S Dhalf"],
+        positions: Int[Array, "B S"],
+        layer: Int[Array, ""],
+        attend: Attend,
+        carry: Any,
+        tp_axis: str | None,
+    ) -> tuple[Float[Array, "B S E"], Any]:
+        """One layer on a module whose weights were sliced to that layer; two ``psum`` over ``tp_axis`` if given."""
+
+        def heads(y: Float[Array, "B S O"]) -> Float[Array, "B S heads D"]:
+            return y.reshape(*y.shape[:2], -1, self.config.head_dim)
+
+        def reduce(y: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
+            return jax.lax.psum(y, tp_axis) if tp_axis else y
+
+        with jax.named_scope("qkv"):
+            h = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
+            q, k, v = project(h, self.q[...]), project(h, self.k[...]), project(h, self.v[...])
+            if self.config.qkv_bias:
+                q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        with jax.named_scope("attention"):
+            inputs = LayerInputs(
+                heads(q), heads(k), heads(v), cos, sin, layer, self.retaining_head(h), positions, self.config.rope,
+                tp_axis,
+            )  # fmt: skip
+            out, carry = attend(inputs, carry)
+        with jax.named_scope("o_proj"):
+            x = x + reduce(project(out.reshape(*out.shape[:2], -1), self.o[...]))
+        with jax.named_scope("mlp"):
+            h = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
+            gated = jax.nn.silu(project(h, self.gate[...])) * project(h, self.up[...])
+            x = x + reduce(project(gated, self.down[...]))
+        return x, carry

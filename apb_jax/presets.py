@@ -1,0 +1,164 @@
+"""Presets as data: models, chat templates, and APB's budgets per length, each row with its source."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from apb_jax.model.config import ModelConfig
+from apb_jax.model.rope import DefaultRope, Llama3Rope
+
+
+@dataclass(frozen=True)
+class Template:
+    """Text around a task: ``before`` opens the document, ``after`` closes the query (as in the APB paper's scripts)."""
+
+    before: str
+    after: str
+    stop: tuple[str, ...]
+    marker: str | None = None
+    """A token by which a tokenizer of this template is recognised."""
+    ask: str = ""
+    """Text in front of the question, part of the query."""
+    embed_after: bool = False
+    """Whether APB's anchor holds the query with ``after``; the published templates leave the assistant header out."""
+
+
+TEMPLATES = {
+    "llama3": Template(
+        before="<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful assistant.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        after="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        stop=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        marker="<|start_header_id|>",
+    ),
+    "qwen": Template(
+        before="<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n",
+        after="<|im_end|>\n<|im_start|>assistant\n",
+        stop=("<|im_end|>", "<|endoftext|>"),
+        marker="<|im_start|>",
+    ),
+    "mistral": Template(before="<s>[INST] ", after=" [/INST]", stop=("</s>",), marker="[INST]"),
+    "question": Template(before="", ask="\n\nQuestion: ", after="\nAnswer:", stop=(), embed_after=True),
+    "base": Template(before="", after="", stop=("<|endoftext|>", "<|end_of_text|>")),
+}
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """A published model: its dimensions, where its weights are, and how it is prompted."""
+
+    config: ModelConfig
+    hub_id: str
+    template: str
+    heads_hub_id: str | None = None
+    source: str = "attention spec 14.1"
+
+
+def _llama(**changes: object) -> ModelConfig:
+    base: dict[str, object] = {
+        "family": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_layers": 32,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "bos_id": 128000,
+        "eos_ids": (128001, 128009),
+    }
+    return ModelConfig(**(base | changes))  # type: ignore[arg-type]
+
+
+MODELS = {
+    "llama3.1-8b": ModelPreset(
+        _llama(
+            rope=Llama3Rope(500000.0, 8.0, 1.0, 4.0, 8192), max_positions=131072, eos_ids=(128001, 128008, 128009)
+        ),
+        hub_id="meta-llama/Llama-3.1-8B-Instruct",
+        template="llama3",
+        heads_hub_id="thunlp/APB-Locret-llama-3.1-8B-instruct",
+    ),
+    "llama3-8b-1m": ModelPreset(
+        _llama(rope=DefaultRope(3580165449.0), max_positions=1048576),
+        hub_id="gradientai/Llama-3-8B-Instruct-Gradient-1048k",
+        template="llama3",
+        heads_hub_id="thunlp/APB-Locret-llama-3-8B-1M-instruct",
+    ),
+    "llama3-8b-262k": ModelPreset(
+        _llama(rope=DefaultRope(283461213.0), max_positions=262144),
+        hub_id="gradientai/Llama-3-8B-Instruct-262k",
+        template="llama3",
+    ),
+    "qwen2.5-14b": ModelPreset(
+        ModelConfig(
+            family="qwen2", vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_layers=48, num_heads=40,
+            num_kv_heads=8, head_dim=128, rope=DefaultRope(1000000.0), rms_norm_eps=1e-6, max_positions=32768,
+            qkv_bias=True, bos_id=151643, eos_ids=(151645, 151643),
+        ),
+        hub_id="Qwen/Qwen2.5-14B-Instruct",
+        template="qwen",
+        heads_hub_id="thunlp/APB-Locret-qwen-2.5-14B-instruct",
+    ),
+    "yi-34b-200k": ModelPreset(
+        _llama(
+            vocab_size=64000, hidden_size=7168, intermediate_size=20480, num_layers=60, num_heads=56,
+            rope=DefaultRope(5000000.0), max_positions=200000, bos_id=1, eos_ids=(2,),
+        ),
+        hub_id="01-ai/Yi-34B-200K",
+        template="base",
+        heads_hub_id="thunlp/APB-Locret-Yi-34B-200K",
+    ),
+    "mistral-7b": ModelPreset(
+        _llama(
+            family="mistral", vocab_size=32768, rope=DefaultRope(1000000.0), max_positions=32768, bos_id=1, eos_ids=(2,)
+        ),
+        hub_id="mistralai/Mistral-7B-Instruct-v0.3",
+        template="mistral",
+    ),
+}  # fmt: skip
+"""Published models by the name that ``--model`` takes; ``tiny`` is packaged and needs no row."""
+
+
+def template_of(model: str) -> str | None:
+    """The template of a model by its preset name; None where only its tokenizer can tell."""
+    if model == "tiny":
+        return "question"
+    return MODELS[model].template if model in MODELS else None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """APB's anchor and passing tokens for documents around ``length`` tokens."""
+
+    length: int
+    anchor_tokens: int
+    passing_tokens: int
+    source: str
+
+
+_PAPER = "APB paper, Table 8"
+APB_BUDGETS = (
+    Budget(4096, 256, 256, _PAPER + " (4 shards)"),
+    Budget(32768, 1024, 512, _PAPER),
+    Budget(65536, 2048, 1024, _PAPER),
+    Budget(131072, 4096, 2048, _PAPER),
+    Budget(262144, 8192, 4096, _PAPER),
+    Budget(524288, 8192, 8192, _PAPER),
+    Budget(1048576, 4096, 2048, _PAPER + " (speed only)"),
+)
+"""Rows by document length, ascending."""
+
+_SHARES = "a quarter and an eighth of a block on 8 shards, the paper's shares at 32K to 256K"
+APB_BUDGETS_OF: dict[str, tuple[Budget, ...]] = {
+    "tiny": tuple(Budget(n, n // 32, n // 64, _SHARES) for n in (4096, 8192, 16384, 32768)),
+}
+"""Rows of models that need their own, by model name; the others use the paper's."""
+
+
+def apb_budget(document_tokens: int, rows: tuple[Budget, ...] = APB_BUDGETS) -> Budget:
+    """The row whose length is nearest on a logarithmic scale; the shorter of two equally near ones."""
+    return min(rows, key=lambda row: (abs(math.log2(row.length / max(1, document_tokens))), row.length))

@@ -1,0 +1,1 @@
+"""Retaining heads: which tokens of a block later shards should see."""

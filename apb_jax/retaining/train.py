@@ -1,0 +1,318 @@
+"""``python -m apb_jax.retaining.train --model DIR --data FILE --out heads.safetensors``: trains retaining heads.
+
+The model stays frozen; one pass per step gives scores and labels. Recipe of Locret (arXiv 2410.01805) with APB's
+changes (2502.12085, appendix B.1): AdamW 5e-4 (0.9, 0.95), linear schedule with 300 warm-up steps, gradient values
+clipped at 0.5, 3000 steps of one sample each. Checkpoints go beside the output; a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.numpy import save_file
+
+from apb_jax.checkpoint import LoadedModel, load
+from apb_jax.errors import UserError
+from apb_jax.model import ModelConfig
+from apb_jax.presets import TEMPLATES, template_of
+from apb_jax.prompt import PromptCodec, find_template
+from apb_jax.retaining.corpus import Corpus, Example, read_data_set, read_records
+from apb_jax.retaining.heads import RetainingHead
+from apb_jax.retaining.labels import trace
+from apb_jax.retaining.objective import layer_scores, retaining_loss, top_overlap
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of one run; a checkpoint of another recipe is not resumed."""
+
+    hidden: int = 1024
+    steps: int = 3000
+    warmup: int = 300
+    learning_rate: float = 5e-4
+    smoothing: float = 0.0025
+    clip: float = 0.5
+    weight_decay: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.warmup < self.steps:
+            raise UserError(f"warmup is {self.warmup}; it must be at least 0 and below the {self.steps} steps")
+        if self.learning_rate <= 0:
+            raise UserError(f"learning rate is {self.learning_rate}; it must be above 0 (the papers: 5e-4)")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW under the schedule, on gradients clipped element by element."""
+        schedule = optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, self.learning_rate, max(self.warmup, 1)),
+                optax.linear_schedule(self.learning_rate, 0.0, self.steps - self.warmup),
+            ],
+            [self.warmup],
+        )
+        return optax.chain(
+            optax.clip(self.clip), optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=self.weight_decay)
+        )
+
+
+def initial_heads(config: ModelConfig, hidden: int, seed: int) -> RetainingHead:
+    """Random heads of all layers, float32, uniform within 1/sqrt(fan-in) (torch's default for such layers)."""
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    keys = jax.random.split(jax.random.key(seed), 2)
+    n, width = config.num_layers, config.retaining_width
+    fc1 = jax.random.uniform(keys[0], (n, width, hidden), jnp.float32, -1.0, 1.0) * width**-0.5
+    fc2 = jax.random.uniform(keys[1], (n, hidden, config.num_kv_heads), jnp.float32, -1.0, 1.0) * hidden**-0.5
+    return RetainingHead(fc1[:, :q], fc1[:, q : q + kv], fc1[:, q + kv :], fc2)
+
+
+def padded(n: int, smallest: int) -> int:
+    """The next size of which programs are compiled: ``smallest`` times 1, 1.5, 2, 3, 4, 6, ..."""
+    size = smallest
+    while size < n:
+        if size * 3 // 2 >= n:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+@partial(jax.jit, static_argnames=("graph", "recipe", "prompt_rows", "answer_rows"), donate_argnums=(2, 3))
+def train_step(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    heads: RetainingHead,
+    moments: optax.OptState,
+    tokens: Int[Array, "1 S"],
+    prompt_tokens: Int[Array, ""],
+    total_tokens: Int[Array, ""],
+    *,
+    recipe: Recipe,
+    prompt_rows: int,
+    answer_rows: int,
+) -> tuple[RetainingHead, optax.OptState, Float[Array, ""], Float[Array, "L K"]]:
+    """(heads, optimizer state, loss, top-10% overlap per head) after one sample."""
+    traces = trace(
+        graph, weights, tokens, prompt_tokens=prompt_tokens, total_tokens=total_tokens,
+        prompt_rows=prompt_rows, answer_rows=answer_rows,
+    )  # fmt: skip
+
+    def loss_of(heads: RetainingHead) -> tuple[Float[Array, ""], Float[Array, "L K T"]]:
+        cast = jax.tree.map(lambda w: w.astype(traces.q.dtype), heads)
+        scores = layer_scores(cast, traces.q, traces.k, traces.v)
+        return retaining_loss(scores, traces.labels, prompt_tokens, recipe.smoothing), scores
+
+    (loss, scores), gradient = jax.value_and_grad(loss_of, has_aux=True)(heads)
+    updates, moments = recipe.optimizer().update(gradient, moments, heads)
+    return optax.apply_updates(heads, updates), moments, loss, top_overlap(scores, traces.labels, prompt_tokens)
+
+
+def hf_heads(heads: RetainingHead) -> dict[str, np.ndarray]:
+    """bfloat16 tensors under the original names: fc1.weight [F, (H+2K)*D], fc2.weight [K, F]."""
+    fc1 = jnp.concatenate([heads.fc1_q, heads.fc1_k, heads.fc1_v], axis=1).astype(jnp.bfloat16)
+    fc2 = heads.fc2.astype(jnp.bfloat16)
+    out = {}
+    for i in range(fc1.shape[0]):
+        out[f"model.layers.{i}.self_attn.fc1.weight"] = np.ascontiguousarray(np.asarray(fc1[i].T))
+        out[f"model.layers.{i}.self_attn.fc2.weight"] = np.ascontiguousarray(np.asarray(fc2[i].T))
+    return out
+
+
+class Checkpoints:
+    """Training state on disk after every ``every`` steps, whole or not at all, refused if it is of another run."""
+
+    def __init__(self, folder: Path, run: dict[str, Any], every: int) -> None:
+        self.folder, self.every = folder.absolute(), every
+        self._card = self.folder / "run.json"
+        if self._card.exists():
+            found = json.loads(self._card.read_text(encoding="utf-8"))
+            other = sorted(k for k in run if found.get(k) != run[k])
+            if other:
+                raise UserError(
+                    f"{folder} holds checkpoints of another run ({', '.join(other)} differ); "
+                    "give --restart or another --out"
+                )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._card.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        self._manager = ocp.CheckpointManager(
+            self.folder / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        )
+
+    def latest(self) -> int | None:
+        """The last step saved."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of a step, in the shapes and types of ``like``."""
+        return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+
+    def save(self, step: int, state: Any) -> None:
+        """Save and wait until it is on disk."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """End the manager's threads."""
+        self._manager.close()
+
+
+def order(count: int, seed: int, first: int, last: int) -> Iterator[int]:
+    """Samples of steps ``first`` to ``last`` - 1: a fresh permutation per epoch, given by seed and step alone."""
+    for step in range(first, last):
+        epoch, place = divmod(step, count)
+        if place == 0 or step == first:
+            permutation = np.random.default_rng([seed, epoch]).permutation(count)
+        yield int(permutation[place])
+
+
+def train(
+    model: LoadedModel,
+    corpus: Corpus,
+    recipe: Recipe,
+    checkpoints: Checkpoints | None,
+    console: Console,
+) -> tuple[RetainingHead, list[dict[str, float]]]:
+    """Heads after all steps, and a log of (step, loss, overlap) every 50 steps."""
+    graph, weights = model.graph(), model.place(None)
+    heads = initial_heads(model.config, recipe.hidden, recipe.seed)
+    moments = recipe.optimizer().init(heads)
+    first = 0
+    latest = checkpoints.latest() if checkpoints else None
+    if checkpoints and latest is not None:
+        state = checkpoints.restore(latest, {"heads": asdict(heads), "moments": moments})
+        heads, moments, first = RetainingHead(**state["heads"]), state["moments"], latest
+        console.print(f"going on from step {first} of {recipe.steps}")
+    pieces = corpus.pieces()
+    log: list[dict[str, float]] = []
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[what]}"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("train", total=recipe.steps, completed=first, what="")
+        recent: list[tuple[jax.Array, jax.Array]] = []
+        for step, index in enumerate(order(len(pieces), recipe.seed, first, recipe.steps), first + 1):
+            example: Example = corpus.example(pieces[index], index)
+            prompt, total = len(example.prompt), len(example.prompt) + len(example.answer)
+            prompt_rows, answer_rows = padded(prompt, 256), padded(len(example.answer), 128)
+            tokens = np.zeros((1, prompt_rows + answer_rows), np.int32)
+            tokens[0, :total] = np.concatenate([example.prompt, example.answer])
+            heads, moments, loss, overlap = train_step(
+                graph, weights, heads, moments, jnp.asarray(tokens), jnp.int32(prompt), jnp.int32(total),
+                recipe=recipe, prompt_rows=prompt_rows, answer_rows=answer_rows,
+            )  # fmt: skip
+            recent.append((loss, overlap))
+            if step % 10 == 0 or step == recipe.steps:
+                mean = float(np.mean([float(x) for x, _ in recent]))
+                share = float(np.mean([np.mean(np.asarray(y)) for _, y in recent]))
+                recent = []
+                if not np.isfinite(mean):
+                    raise UserError(f"the loss is {mean} at step {step}; try a smaller --learning-rate")
+                progress.update(bar, completed=step, what=f"loss {mean:.4f}  top-10% overlap {share:.1%}")
+                if step % 50 == 0 or step == recipe.steps:
+                    log.append({"step": step, "loss": mean, "overlap": share})
+            if checkpoints and (step % checkpoints.every == 0 or step == recipe.steps):
+                checkpoints.save(step, {"heads": asdict(heads), "moments": moments})
+    return heads, log
+
+
+def make_codec(model: LoadedModel) -> PromptCodec:
+    """The model's tokenizer under its chat template."""
+    if model.tokenizer is None:
+        raise UserError(f"model {model.name} has no tokenizer; retaining heads are trained on text")
+    return PromptCodec(model.tokenizer, TEMPLATES[template_of(model.name) or find_template(model.tokenizer)])
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """The command behind ``main``."""
+    if not args.data and not args.dataset:
+        raise UserError("no corpus: give --data FILE... or --dataset NAME")
+    if args.save_every < 1:
+        raise UserError(f"--save-every is {args.save_every}; it must be at least 1")
+    recipe = Recipe(args.hidden, args.steps, args.warmup, args.learning_rate, args.smoothing, seed=args.seed)
+    records = [r for path in args.data for r in read_records(path)]
+    if args.dataset:
+        records += read_data_set(args.dataset, args.split)
+    model = load(str(args.model), dtype=args.dtype)
+    corpus = Corpus(tuple(records), make_codec(model), args.max_length, args.max_answer, args.embed_share)
+    digest = hashlib.sha256(repr(records).encode()).hexdigest()[:16]
+    card = asdict(recipe) | {
+        "model": model.name, "corpus": digest, "records": len(records), "max_length": args.max_length,
+        "max_answer": args.max_answer, "embed_share": args.embed_share,
+    }  # fmt: skip
+    folder = args.out.with_name(args.out.name + ".checkpoints")
+    if args.restart and folder.exists():
+        shutil.rmtree(folder)
+    checkpoints = Checkpoints(folder, card, args.save_every)
+    device = jax.devices()[0].device_kind
+    console.print(f"{len(records)} records, {recipe.steps} steps on {device}, JAX {jax.__version__}")
+    try:
+        heads, log = train(model, corpus, recipe, checkpoints, console)
+    finally:
+        checkpoints.close()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = args.out.with_name(args.out.name + ".part")
+    metadata = {"format": "pt", "recipe": json.dumps(card), "device": device, "jax": jax.__version__}
+    metadata |= {"final": json.dumps(log[-1])} if log else {}
+    save_file(hf_heads(heads), part, metadata=metadata)
+    part.replace(args.out)
+    if log:
+        console.print(f"loss {log[-1]['loss']:.4f}, top-10% overlap {log[-1]['overlap']:.1%}: {args.out}")
+    if args.log:
+        args.log.write_text(json.dumps({"run": card, "log": log}, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; 0, or 2 after one line about bad input."""
+    parser = argparse.ArgumentParser(prog="python -m apb_jax.retaining.train", description=__doc__)
+    parser.add_argument("--model", required=True, help="preset, HF folder or HF id")
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="text, .json or .jsonl files")
+    parser.add_argument("--dataset", help="a data set for datasets.load_dataset")
+    parser.add_argument("--split", default="train", help="its split (default: train)")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file of the heads")
+    parser.add_argument("--hidden", type=int, default=1024, help="width F of the heads (default: 1024)")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--warmup", type=int, default=300, help="warm-up steps (APB: 300, Locret: 2000)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--smoothing", type=float, default=0.0025)
+    parser.add_argument("--max-length", type=int, default=10240, help="tokens of a prompt at most")
+    parser.add_argument("--max-answer", type=int, default=1024, help="tokens of an answer at most, question included")
+    parser.add_argument(
+        "--embed-share", type=float, default=1.0, help="share of questions that also stand in front, as in APB's anchor"
+    )
+    parser.add_argument("--dtype", help="of the frozen model (default: bf16 on a GPU, float32 elsewhere)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--restart", action="store_true", help="throw away checkpoints of an earlier run")
+    parser.add_argument("--log", type=Path, help="JSON file for loss and overlap over the steps")
+    args = parser.parse_args(argv)
+    try:
+        run(args, Console(stderr=True))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""``python -m apb_jax.tiny.evaluate --out DIR``: the model card's table, through the public engine.
+
+Methods: full attention; APB with the trained heads, with the training-free scorer, with random heads; anchor only
+(nothing passed). Samples have fresh seeds, key words held out from training, and the packaged haystacks (and the
+held-out end of ``--data``). A cell that is in DIR already is not measured again, so a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from safetensors.numpy import save_file
+
+import apb_jax
+from apb_jax.errors import UserError
+from apb_jax.retaining.train import hf_heads, initial_heads
+from apb_jax.tiny import QUERY_AT
+from apb_jax.tiny.haystack import Haystack, filler, novel, read_text, split_held_out
+from apb_jax.tiny.sample import tokens_of
+from apb_jax.tiny.tasks import TASKS, World
+from apb_jax.tiny.tokenizer import BOS_ID, Encoder
+from apb_jax.tiny.words import vocabulary
+
+METHODS = ("full", "apb-heads", "apb-query", "apb-random", "anchor-only")
+CARD_TASKS = ("single", "passkey", "multikey", "multivalue", "vt", "update")
+NEW_TOKENS = 64
+HEADS_HIDDEN = 256
+VALUE = re.compile(r"\d+|\b[A-Z]{5}\b")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """APB's sizes for a document of ``tokens`` on ``shards``: a quarter and an eighth of a block, as in the paper."""
+
+    anchor_tokens: int
+    passing_tokens: int
+
+    @classmethod
+    def of(cls, tokens: int, shards: int) -> Budget:
+        """Rounded down to whole tokens; an anchor of at least 128, so that it holds the query."""
+        block = -(-tokens // shards)
+        return cls(max(128, block // 4), max(64, block // 8))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt as token ids, and the values its answer must consist of."""
+
+    document: np.ndarray
+    query: np.ndarray
+    values: tuple[str, ...]
+
+
+def items(
+    task: str, tokens: int, count: int, seed: int, encoder: Encoder, haystacks: tuple[Haystack, ...]
+) -> list[Item]:
+    """``count`` fresh samples; the same for every method."""
+    rng = np.random.default_rng([seed, tokens, sum(map(ord, task))])
+    world = World(rng, encoder, vocabulary(held_out=True), haystacks)
+    out = []
+    for _ in range(count):
+        sample = TASKS[task](world, tokens - 1)
+        question = sample.questions[int(rng.integers(len(sample.questions)))]
+        document = np.concatenate([[BOS_ID], tokens_of(sample.document, encoder)]).astype(np.int32)
+        out.append(Item(document, tokens_of((question.text,), encoder), question.values))
+    return out
+
+
+def is_correct(text: str, values: tuple[str, ...]) -> bool:
+    """All values and no other number or variable name, in any order."""
+    return set(VALUE.findall(text)) == set(values)
+
+
+def wilson(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% Wilson score interval of a share."""
+    share, spread = correct / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def method_of(name: str, tokens: int, shards: int, given: Budget | None) -> apb_jax.APB | apb_jax.Full:
+    """The method behind a column of the table, for documents of ``tokens`` on ``shards`` shards."""
+    if name == "full":
+        return apb_jax.Full()
+    budget = given or Budget.of(tokens, shards)
+    return apb_jax.APB(
+        anchor_tokens=budget.anchor_tokens,
+        passing_tokens=0 if name == "anchor-only" else budget.passing_tokens,
+        query_at=QUERY_AT,
+        scorer="query" if name == "apb-query" else "heads",
+    )
+
+
+def make_engine(model: Any, shards: int) -> apb_jax.Engine:
+    """An engine on ``shards`` devices, or on one device with virtual shards where there is only one."""
+    if len(jax.devices()) == 1:
+        return apb_jax.Engine(model, "full", apb_jax.make_mesh(sp=1), virtual_shards=shards)
+    return apb_jax.Engine(model, "full", apb_jax.make_mesh(sp=shards))
+
+
+def measure(engine: Any, samples: list[Item], batch: int, expect: str) -> tuple[int, list[str]]:
+    """(how many are correct, predictions)."""
+    correct, texts = 0, []
+    for start in range(0, len(samples), batch):
+        part = samples[start : start + batch]
+        answers = engine.generate(
+            document=[s.document for s in part], query=[s.query for s in part], max_new_tokens=NEW_TOKENS
+        )
+        for sample, answer in zip(part, answers, strict=True):
+            if answer.method.name != expect:
+                raise UserError(
+                    f"a document of {len(sample.document)} tokens ran under {answer.method.name}: {answer.notes}"
+                )
+            text = answer.text or engine.codec.decode(answer.tokens)
+            texts.append(text)
+            correct += is_correct(text, sample.values)
+    return correct, texts
+
+
+def markdown(cells: dict[str, dict[str, Any]]) -> str:
+    """A table with a row per task and length and a column per method: percent [95% Wilson interval]."""
+    rows = list(dict.fromkeys((c["task"], c["tokens"]) for c in cells.values()))
+    used = [m for m in METHODS if any(c["method"] == m for c in cells.values())]
+    lines = ["| task | tokens | " + " | ".join(used) + " |", "|---|---|" + "---|" * len(used)]
+    for task, tokens in rows:
+        shown = []
+        for method in used:
+            cell = cells.get(f"{method}/{task}/{tokens}")
+            if cell is None:
+                shown.append("")
+                continue
+            low, high = wilson(cell["correct"], cell["count"])
+            shown.append(f"{100 * cell['correct'] / cell['count']:.0f} [{100 * low:.0f}, {100 * high:.0f}]")
+        lines.append(f"| {task} | {tokens} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """The command behind ``main``."""
+    for name, known, chosen in (("method", METHODS, args.methods), ("task", tuple(TASKS), args.tasks)):
+        unknown = [x for x in chosen if x not in known]
+        if unknown:
+            raise UserError(f"unknown {name} {unknown[0]!r}; there are: {', '.join(known)}")
+    if args.samples < 1 or args.batch < 1 or min(args.lengths) < 512:
+        raise UserError(
+            f"--samples is {args.samples}, --batch {args.batch}, --lengths {args.lengths}; "
+            "needed: at least 1, at least 1, at least 512 tokens"
+        )
+    model = apb_jax.load(args.model, heads=args.heads, dtype=args.dtype)
+    if model.tokenizer is None:
+        raise UserError(f"model {args.model} has no tokenizer; the tasks are text")
+    random = None
+    if "apb-random" in args.methods:
+        with tempfile.NamedTemporaryFile(suffix=".safetensors", delete=False) as file:
+            save_file(hf_heads(initial_heads(model.config, HEADS_HIDDEN, args.seed)), file.name)
+        random = apb_jax.load(args.model, heads=file.name, dtype=args.dtype)
+    given = None
+    if args.anchor is not None or args.passing is not None:
+        if args.anchor is None or args.passing is None:
+            raise UserError("--anchor and --passing go together; one of them is missing")
+        given = Budget(args.anchor, args.passing)
+    encoder = Encoder(model.tokenizer)
+    haystacks = (filler(), novel(), *(split_held_out(read_text(path))[1] for path in args.data))
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "cells.json"
+    report: dict[str, Any] = {"cells": {}}
+    if path.exists():
+        report = json.loads(path.read_text(encoding="utf-8"))
+    cells = report["cells"]
+    report |= {
+        "device": jax.devices()[0].device_kind,
+        "devices": len(jax.devices()),
+        "jax": jax.__version__,
+        "shards": args.sp,
+        "virtual": len(jax.devices()) == 1,
+        "seed": args.seed,
+    }
+    engines: dict[bool, apb_jax.Engine] = {}
+    for tokens in args.lengths:
+        samples = {task: items(task, tokens, args.samples, args.seed, encoder, haystacks) for task in args.tasks}
+        for method in args.methods:
+            for task in args.tasks:
+                name = f"{method}/{task}/{tokens}"
+                if cells.get(name, {}).get("count", 0) >= args.samples:
+                    continue
+                began = time.perf_counter()
+                drawn = method == "apb-random"
+                if drawn not in engines:
+                    engines[drawn] = make_engine(random if drawn else model, args.sp)
+                engine = engines[drawn].with_method(method_of(method, tokens, args.sp, given))
+                correct, texts = measure(engine, samples[task], args.batch, "full" if method == "full" else "apb")
+                cells[name] = {
+                    "method": method, "task": task, "tokens": tokens, "correct": correct, "count": len(texts),
+                    "options": vars(engine.method),
+                    "seconds": round(time.perf_counter() - began, 2),
+                }  # fmt: skip
+                console.print(f"{name:32s} {correct}/{len(texts)}  {cells[name]['seconds']} s", highlight=False)
+                path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                (args.out / "table.md").write_text(markdown(cells), encoding="utf-8")
+    print(markdown(cells))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; 0, or 2 after one line about bad input."""
+    parser = argparse.ArgumentParser(prog="python -m apb_jax.tiny.evaluate", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for cells.json and table.md")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--heads", type=Path, help="other retaining heads than the model's own")
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="real text, as for apb_jax.tiny.train")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--tasks", nargs="+", default=list(CARD_TASKS), help=", ".join(TASKS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--samples", type=int, default=64, help="per cell")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sp", type=int, default=8, help="shards")
+    parser.add_argument("--anchor", type=int, help="anchor tokens (default: a quarter of a block)")
+    parser.add_argument("--passing", type=int, help="passing tokens (default: an eighth of a block)")
+    parser.add_argument("--dtype", help="of the model (default: bf16 on a GPU, float32 elsewhere)")
+    parser.add_argument("--seed", type=int, default=2_000_000)
+    args = parser.parse_args(argv)
+    try:
+        run(args, Console(stderr=True))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

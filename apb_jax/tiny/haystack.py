@@ -1,0 +1,85 @@
+"""Haystacks: running text cut into sentences that needles can be put between."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from apb_jax.errors import UserError
+from apb_jax.tiny import FOLDER
+
+MAX_WORDS = 28
+"""Longer sentences are cut, so that a haystack can be filled to within one short piece of any length."""
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Sentences, each with its leading space; ``shuffled``: their order means nothing, so it is drawn anew."""
+
+    sentences: tuple[str, ...]
+    shuffled: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sentences:
+            raise UserError("a haystack needs at least one sentence; the text given holds none")
+
+    def order(self, rng: np.random.Generator) -> Iterator[str]:
+        """Sentences without end: from a random one on, cyclically (running text), or drawn one by one (filler)."""
+        n = len(self.sentences)
+        at = int(rng.integers(n))
+        while True:
+            yield self.sentences[at]
+            at = int(rng.integers(n)) if self.shuffled else (at + 1) % n
+
+
+def sentences(text: str) -> tuple[str, ...]:
+    """Sentences of running text with white space normalised, none longer than ``MAX_WORDS`` words."""
+    out: list[str] = []
+    for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
+        words = sentence.split(" ")
+        for i in range(0, len(words), MAX_WORDS):
+            piece = " ".join(words[i : i + MAX_WORDS])
+            if piece:
+                out.append(" " + piece)
+    return tuple(out)
+
+
+def filler() -> Haystack:
+    """The packaged filler: plain sentences of our own and RULER's noise sentences."""
+    lines = (FOLDER / "data" / "filler.txt").read_text(encoding="utf-8").splitlines()
+    return Haystack(tuple(" " + line.strip() for line in lines if line.strip()), shuffled=True)
+
+
+def novel() -> Haystack:
+    """The packaged real text: Henry James, The Coxon Fund (1915 edition, Project Gutenberg, public domain)."""
+    return Haystack(sentences((FOLDER / "data" / "coxon_fund.txt").read_text(encoding="utf-8")))
+
+
+def read_text(path: Path) -> str:
+    """Text of a data file: plain text, JSON ``{"text": ...}``, or the layout of SQuAD."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            return text
+        record = json.loads(text)
+    except OSError as error:
+        raise UserError(f"cannot read data file {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"data file {path} is not UTF-8 text or JSON: {error}") from error
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return record["text"]
+    if isinstance(record, dict) and isinstance(record.get("data"), list):
+        return "\n".join(p["context"] for article in record["data"] for p in article["paragraphs"])
+    raise UserError(f'data file {path} holds neither {{"text": ...}} nor the layout of SQuAD')
+
+
+def split_held_out(text: str, share: float = 0.1) -> tuple[Haystack, Haystack]:
+    """Running text as a training part and the last ``share`` of it, held out."""
+    pieces = sentences(text)
+    cut = max(1, int(len(pieces) * (1 - share)))
+    return Haystack(pieces[:cut]), Haystack(pieces[cut:] or pieces[-1:])

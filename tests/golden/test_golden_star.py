@@ -1,0 +1,107 @@
+"""Replays recordings of NVIDIA/Star-Attention: every array of every ``star_*`` case (see the folder's README)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import GOLDEN, golden_cases
+from jax.sharding import PartitionSpec as P
+
+import apb_jax
+from apb_jax.attention import METHODS
+from apb_jax.attention.base import Kernels
+from apb_jax.mesh import SP
+from apb_jax.model.layers import rms_norm
+from apb_jax.programs import Lengths
+
+TOLERANCE = 1e-3  # absolute, float32; the recordings' README
+CASES = golden_cases("star")
+pytestmark = pytest.mark.skipif(not CASES, reason=f"no star_* recordings in {GOLDEN}; set APB_GOLDEN")
+STAR = METHODS["star"][0]
+
+
+def close(actual: Any, expected: np.ndarray, what: str) -> None:
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=TOLERANCE, err_msg=what)
+
+
+def load(name: str) -> tuple[dict[str, Any], list[int], list[int]]:
+    inputs = np.load(GOLDEN / name / "inputs.npz")
+    settings = json.loads((GOLDEN / name / "case.json").read_text())
+    return settings, inputs["doc_ids"].tolist(), inputs["query_ids"].tolist()
+
+
+def engine_for(settings: dict[str, Any], quirk: bool = False) -> apb_jax.Engine:
+    model = apb_jax.load(GOLDEN / settings["model"], dtype="float32")
+    method = STAR(block_tokens=settings["block_size"], anchor_tokens=settings["anchor_block_size"])
+    return apb_jax.Engine(model, method, apb_jax.make_mesh(sp=settings["hosts"]), bottom_right_query=quirk)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_phase_one(name: str) -> None:
+    """Ids, positions, hidden states, attention output and caches of every block of every host."""
+    settings, document, query = load(name)
+    engine, hosts = engine_for(settings), settings["hosts"]
+    config, method = engine.model.config, engine.method
+    layout = method.layout([engine.prompt(document, query)], hosts)
+    lengths = Lengths.of(layout, np.asarray([len(query)], np.int32))
+
+    def body(state: Any, tokens: Any, positions: Any, lengths: Lengths) -> Any:
+        shard, model = lengths.shard(hosts), engine.programs.model(state)
+        x, found = model.embed(tokens), []
+        for layer in range(config.num_layers):
+
+            def attend(inputs: Any, _: Any) -> Any:
+                out, (k, v) = method.prefill(inputs, shard, Kernels())
+                return out, {"attn_out": out, "k": k, "v": v}
+
+            rows, kept, kv = x.shape[1], layout.kept_capacity, config.num_kv_heads
+            carry = {
+                "attn_out": jnp.zeros((1, rows, config.num_heads, config.head_dim)),
+                **{n: jnp.zeros((1, kept, kv, config.head_dim)) for n in ("k", "v")},
+            }
+            entering = x
+            x, carry = model.run_layers(x, positions, attend, carry, start=jnp.int32(layer), count=1)
+            found.append(carry | {"hidden_in": entering})
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *found)
+        return jax.tree.map(lambda a: a[None], (stacked, rms_norm(x, model.norm[...], config.rms_norm_eps)))
+
+    programs = engine.programs
+    run = programs.traced(body, (programs.specs, P(None, SP), P(None, SP), P()), P(SP))
+    found, final = run(engine.state, layout.tokens.reshape(1, -1), layout.positions.reshape(1, -1), lengths)
+    found, final = jax.tree.map(np.asarray, (found, final))
+    block, anchor = settings["block_size"], layout.segments[0][1]
+    for host in range(hosts):
+        want = np.load(GOLDEN / name / f"rank{host}.npz")
+        for b in range(settings["blocks_per_host"][host]):
+            rows = np.arange(anchor + b * block, anchor + (b + 1) * block)
+            if len(want[f"block{b}_input_ids"]) > block:
+                rows = np.concatenate([np.arange(anchor), rows])
+            where = f"host {host} block {b}"
+            np.testing.assert_array_equal(layout.tokens[0, host, rows], want[f"block{b}_input_ids"], where)
+            np.testing.assert_array_equal(layout.positions[0, host, rows], want[f"block{b}_position_ids"], where)
+            close(found["hidden_in"][host][:, 0, rows], want[f"block{b}_hidden_in"], where)
+            close(found["attn_out"][host][:, 0, rows], want[f"block{b}_attn_out"], where)
+            close(final[host][0, rows], want[f"block{b}_final_hidden"], where)
+        kept = layout.kept_tokens[0, host]
+        assert kept == want["cache_k"].shape[1]
+        close(found["k"][host][:, 0, :kept], want["cache_k"], f"host {host}")
+        close(found["v"][host][:, 0, :kept], want["cache_v"], f"host {host}")
+
+
+@pytest.mark.parametrize("reading", ["query_allkeys", "query_code"])
+@pytest.mark.parametrize("name", CASES)
+def test_phase_two(name: str, reading: str) -> None:
+    """Logits of the query rows, greedy tokens and the logits of every step."""
+    settings, document, query = load(name)
+    want = np.load(GOLDEN / name / f"{reading}.npz")
+    answer = engine_for(settings, quirk=reading == "query_code").generate(
+        document, query, settings["steps"], stop_ids=(), logits=True
+    )
+    assert answer.tokens == want["tokens"].tolist()
+    close(answer.query_logits, want["query_logits"], reading)
+    close(answer.step_logits, want["step_logits"], reading)
