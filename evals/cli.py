@@ -1,0 +1,389 @@
+"""The command line ``python -m evals``: what to measure, on what, where to put it."""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from rich.console import Console
+
+from evals import latency, perplexity
+from evals.base import EvalError, Generator, Task, require_choice
+from evals.datahelp import WHERE
+from evals.infinitebench import records as ib_records
+from evals.infinitebench.prompts import SETS
+from evals.infinitebench.scoring import RULES
+from evals.infinitebench.task import InfiniteBenchTask
+from evals.needle.four import FourNeedlesTask
+from evals.needle.heatmap import FORMS, HeatmapTask, even_depths
+from evals.perplexity import LogProbs
+from evals.predictions import score_file
+from evals.report import write_report
+from evals.ruler import EXTRA_TASKS, TASKS, VARIANTS, RulerTask, corpus, needed_text
+from evals.ruler.prompt import wrapper_names
+from evals.runner import environment, run_config, run_tasks
+from evals.store import RunFolder
+from evals.tables import print_metrics
+from evals.tokens import Tokens
+
+SHORTEST_STANDARD = 4096
+"""RULER's shortest published length."""
+
+COMMANDS = ("ruler", "infinitebench", "needle", "perplexity", "latency", "report", "score", "lm_eval", "data")
+
+
+class System(Generator, LogProbs, Protocol):
+    """A system under test as the command line needs it: it answers, scores given tokens, and lends its tokenizer."""
+
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class SystemSpec:
+    """Which model on which devices; ``options`` maps a method to its ``--set`` values."""
+
+    model: str
+    methods: tuple[str, ...]
+    options: dict[str, dict[str, Any]]
+    weights: str | None
+    heads: str | None
+    dtype: str | None
+    sp: int | None
+    tp: int
+    virtual_shards: int = 1
+
+
+Connect = Callable[[SystemSpec], Callable[[str], System]]
+"""Loads a model and returns a function from a method's name to the system that runs it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (-\S+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown.group(1), self._option_string_actions, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        raise EvalError(message)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """``"4k,8192,1m"`` -> (4096, 8192, 1048576)."""
+    lengths = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)([kKmM]?)", part.strip())
+        if not found or int(found.group(1)) == 0:
+            raise EvalError(f"--seq {part.strip()!r}: a length is a positive number of tokens, such as 8192, 8k or 1m")
+        lengths.append(int(found.group(1)) * {"": 1, "k": 1024, "m": 1024**2}[found.group(2).lower()])
+    return tuple(dict.fromkeys(lengths))
+
+
+def main(argv: Sequence[str], *, connect: Connect, default_text: Path, user_errors: tuple[type[Exception], ...]) -> int:
+    """Run one command; 0 on success, 2 on wrong input after one line on stderr.
+
+    Args:
+      connect: loads the model when a command needs one.
+      default_text: haystack and perplexity text used without ``--data``.
+      user_errors: further exception types that mean wrong input.
+    """
+    expected: tuple[type[Exception], ...] = (EvalError, *user_errors)
+    try:
+        if argv and not argv[0].startswith("-"):
+            require_choice("command", argv[0], COMMANDS)
+        args = _parser().parse_args(argv)
+        args.run(args, connect, default_text)
+    except expected as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: repeat the command to go on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m evals", description="Long-context benchmarks with scores one may compare.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    ruler = _benchmark(commands, "ruler", "the 13 RULER tasks", _ruler)
+    ruler.add_argument("--tasks", help="names separated by commas (default: all that the data at hand allow)")
+    ruler.add_argument("--samples", type=int, default=500, help="samples per task and length (default: 500)")
+    ruler.add_argument("--variant", default="ruler_main", help=f"published program to follow: {', '.join(VARIANTS)}")
+    ruler.add_argument("--wrapper", default="base", help=f"chat wrapper: {', '.join(wrapper_names())}")
+    ruler.add_argument("--splitter", default="untrained", help="sentence splitter for essays: untrained, english")
+
+    bench = _benchmark(commands, "infinitebench", "the 12 InfiniteBench tasks", _infinitebench)
+    bench.add_argument("--tasks", help="names separated by commas (default: all)")
+    bench.add_argument("--samples", type=int, help="most records per task (default: all)")
+    bench.add_argument("--template", default="yarn", help=f"template set: {', '.join(SETS)}")
+    bench.add_argument("--rule", default="official", help=f"whose scorer: {', '.join(RULES)}")
+
+    needle = _benchmark(commands, "needle", "needle in a haystack: heat map, or STRING's four needles", _needle)
+    needle.add_argument("--depths", type=int, default=10, help="depths of the heat map from 0 to 100%% (default: 10)")
+    needle.add_argument("--rounds", type=int, default=1, help="samples per cell (default: 1)")
+    needle.add_argument("--form", default="ruler", help=f"wording: {', '.join(FORMS)}")
+    needle.add_argument("--four", type=int, metavar="N", help="run N four-needle tests instead of the heat map")
+    needle.add_argument("--text", help="haystack file instead of the essays or the packaged novel")
+
+    ppl = _benchmark(commands, "perplexity", "perplexity of long text", _perplexity)
+    ppl.add_argument("--text", help="text files separated by commas (default: the packaged novel)")
+    ppl.add_argument("--window", type=int, default=512, help="tokens scored per prefill (default: 512)")
+    ppl.add_argument("--protocol", default="tail", help=f"which tokens are scored: {', '.join(perplexity.PROTOCOLS)}")
+
+    speed = _benchmark(commands, "latency", "prefill and decode times over lengths", _latency)
+    speed.add_argument("--repeats", type=int, default=5, help="timed runs per length (default: 5)")
+    speed.add_argument("--warmups", type=int, default=1, help="untimed runs before (default: 1)")
+    speed.add_argument("--new-tokens", type=int, default=32, help="tokens generated; 1 times the prefill alone")
+    speed.add_argument("--baseline", help="a method of the run: adds columns with the ratio to it")
+    speed.add_argument("--text", help="text file that is repeated (default: the packaged novel)")
+
+    report = commands.add_parser("report", help="Markdown, plots and one HTML page from run folders")
+    report.add_argument("folders", nargs="+", metavar="DIR")
+    report.add_argument("--out", help="folder for the report (default: the first DIR)")
+    report.set_defaults(run=lambda args, connect, text: _report(args))
+
+    score = commands.add_parser("score", help="score predictions made elsewhere")
+    score.add_argument("benchmark", help="ruler or infinitebench")
+    score.add_argument("--task", required=True)
+    score.add_argument("--rule", default="official", help=f"InfiniteBench only: {', '.join(RULES)}")
+    score.add_argument("--json", action="store_true", help="print one JSON line")
+    score.add_argument("file", metavar="FILE.jsonl")
+    score.set_defaults(run=lambda args, connect, text: _score(args))
+
+    commands.add_parser("lm_eval", help="lm-evaluation-harness with the model apb_jax; takes its arguments")
+    data = commands.add_parser("data", help="where to get the benchmarks' data")
+    data.set_defaults(run=lambda args, connect, text: print(WHERE))
+    return parser
+
+
+def _benchmark(commands, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--model", required=True, help="model name or folder")
+    parser.add_argument("--method", default="apb", help="attention methods separated by commas (default: apb)")
+    parser.add_argument("--seq", required=True, help="lengths in tokens separated by commas: 4k,8k")
+    parser.add_argument("--out", required=True, help="folder of the run; repeat the command to resume it")
+    parser.add_argument("--data", help="folder with the benchmark's data (see `python -m evals data`)")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--set", action="append", default=[], metavar="METHOD.NAME=VALUE", help="option of a method")
+    parser.add_argument("--weights", help="folder of other weights, or 'random'")
+    parser.add_argument("--heads", help="file with retaining heads")
+    parser.add_argument("--dtype", help="bf16 or float32")
+    parser.add_argument("--sp", type=int, help="devices along the sequence (default: all)")
+    parser.add_argument("--tp", type=int, default=1, help="devices along the heads")
+    parser.add_argument("--virtual-shards", type=int, default=1, help="shards of the document on one device (--sp 1)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _spec(args: argparse.Namespace) -> SystemSpec:
+    methods = tuple(dict.fromkeys(name.strip() for name in args.method.split(",") if name.strip()))
+    if not methods:
+        raise EvalError("--method names no method")
+    options: dict[str, dict[str, Any]] = {}
+    for item in args.set:
+        found = re.fullmatch(r"([^.=]+)\.([^.=]+)=(.+)", item)
+        if not found or found.group(1) not in methods:
+            raise EvalError(f"--set {item!r}: expected METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
+        options.setdefault(found.group(1), {})[found.group(2)] = _value(found.group(3))
+    return SystemSpec(
+        args.model, methods, options, args.weights, args.heads, args.dtype, args.sp, args.tp, args.virtual_shards
+    )
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _samples(args: argparse.Namespace) -> int | None:
+    if args.samples is not None and args.samples < 1:
+        raise EvalError(f"--samples must be at least 1, got {args.samples}")
+    return args.samples
+
+
+def _names(text: str | None, what: str, legal: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    if text is None:
+        return tuple(default)
+    return tuple(dict.fromkeys(require_choice(what, name.strip(), legal) for name in text.split(",")))
+
+
+def _read_text(path: str | Path) -> str:
+    path = Path(path)
+    if not path.is_file():
+        raise EvalError(f"--text {path}: no such file")
+    return path.read_text(encoding="utf-8")
+
+
+def _haystack(args: argparse.Namespace, default_text: Path) -> tuple[str, str]:
+    """(text, name) of the haystack: --text, else the essays of --data, else the packaged novel."""
+    if args.text:
+        return _read_text(args.text), Path(args.text).name
+    if args.data:
+        path = corpus.find(args.data, "essays")
+        return json.loads(path.read_text(encoding="utf-8"))["text"], path.name
+    return _read_text(default_text), default_text.name
+
+
+# -- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+def _run_methods(args: argparse.Namespace, connect: Connect, benchmark: str, run: Callable) -> dict[str, Any]:
+    """``run(system, folder_path, console)`` for every method; returns the metrics by method and prints them."""
+    spec = _spec(args)
+    console = Console(stderr=True)
+    system_of = connect(spec)
+    metrics = {}
+    for method in spec.methods:
+        metrics[method] = run(system_of(method), Path(args.out) / method, console, method)
+    print_metrics(benchmark, metrics, Console())
+    print(f"runs in {args.out}; plots and page: python -m evals report {args.out}")
+    return metrics
+
+
+def _run_task_benchmark(args, connect, benchmark: str, make_tasks: Callable[[System], list[Task]], samples) -> None:
+    def run(system, path, console, method):
+        tasks = make_tasks(system)
+        with RunFolder(path, run_config(benchmark, system, tasks, samples)) as folder:
+            return run_tasks(system, tasks, folder, samples=samples, console=console, label=method)
+
+    _run_methods(args, connect, benchmark, run)
+
+
+def _ruler(args, connect: Connect, default_text: Path) -> None:
+    samples, lengths = _samples(args) or 0, parse_lengths(args.seq)
+    names = _names(args.tasks, "RULER task", (*TASKS, *EXTRA_TASKS), ())
+    if not names:
+        names = TASKS if args.data else tuple(task for task in TASKS if needed_text(task) is None)
+        left_out = [task for task in TASKS if task not in names]
+        if left_out:
+            print(f"without --data these tasks are left out: {', '.join(left_out)} (see `python -m evals data`)")
+
+    def make(tokens: Any) -> list[Task]:
+        return [
+            RulerTask(
+                name,
+                tokens,
+                length,
+                samples,
+                seed=args.seed,
+                variant=args.variant,
+                wrapper=args.wrapper,
+                data=args.data,
+                splitter=args.splitter,
+            )
+            for length in lengths
+            for name in names
+        ]
+
+    make(len)  # bad options are refused before a model is loaded
+
+    def make_checked(system: System) -> list[Task]:
+        tasks = make(system.tokens)
+        for task in tasks:
+            if task.length < SHORTEST_STANDARD:  # may be too short for a task: say so before hours are spent
+                next(task.examples())
+        return tasks
+
+    _run_task_benchmark(args, connect, "ruler", make_checked, samples)
+
+
+def _infinitebench(args, connect: Connect, default_text: Path) -> None:
+    samples, lengths = _samples(args), parse_lengths(args.seq)
+    names = _names(args.tasks, "InfiniteBench task", ib_records.TASKS, ib_records.TASKS)
+
+    def make(tokens: Any) -> list[Task]:
+        return [
+            InfiniteBenchTask(name, tokens, length, args.data, args.template, args.rule)
+            for length in lengths
+            for name in names
+        ]
+
+    make(None)
+    _run_task_benchmark(args, connect, "infinitebench", lambda system: make(system.tokens), samples)
+
+
+def _needle(args, connect: Connect, default_text: Path) -> None:
+    lengths = parse_lengths(args.seq)
+    text, name = _haystack(args, default_text)
+    depths = even_depths(args.depths)
+    if args.four is not None and args.four < 1:
+        raise EvalError(f"--four must be at least 1, got {args.four}")
+
+    def make(tokens: Any) -> list[Task]:
+        if args.four:
+            return [FourNeedlesTask(tokens, text, name, length, args.four, args.seed) for length in lengths]
+        return [
+            HeatmapTask(tokens, text, name, length, depths, args.rounds, args.seed, args.form) for length in lengths
+        ]
+
+    make(None)
+    samples = args.four or args.depths * args.rounds
+    _run_task_benchmark(args, connect, "needle", lambda system: make(system.tokens), samples)
+
+
+def _perplexity(args, connect: Connect, default_text: Path) -> None:
+    lengths = parse_lengths(args.seq)
+    paths = args.text.split(",") if args.text else [default_text]
+    texts = {Path(path).stem: _read_text(path) for path in paths}
+
+    def make(tokens: Any) -> perplexity.PerplexityPlan:
+        return perplexity.PerplexityPlan(tokens, texts, lengths, args.window, args.protocol)
+
+    make(None)
+
+    def run(system, path, console, method):
+        plan = make(system.tokens)
+        config = {**_plain_config("perplexity", system), **plan.describe()}
+        with RunFolder(path, config) as folder:
+            return perplexity.run_perplexity(system, plan, folder, console=console, label=method)
+
+    _run_methods(args, connect, "perplexity", run)
+
+
+def _latency(args, connect: Connect, default_text: Path) -> None:
+    path = Path(args.text) if args.text else default_text
+    plan = latency.LatencyPlan(
+        _read_text(path), path.name, parse_lengths(args.seq), args.repeats, args.warmups, args.new_tokens
+    )
+    spec = _spec(args)
+    if args.baseline is not None:
+        require_choice("baseline (a method of this run)", args.baseline, spec.methods)
+
+    def run(system, path, console, method):
+        config = {**_plain_config("latency", system), "baseline": args.baseline, **plan.describe()}
+        with RunFolder(path, config) as folder:
+            return latency.run_latency(system, plan, folder, console=console, label=method)
+
+    metrics = _run_methods(args, connect, "latency", run)
+    prefill = {method: {r["length"]: r["prefill_s"] for r in m["results"]} for method, m in metrics.items()}
+    (Path(args.out) / "res.csv").write_text(latency.minference_table(prefill))
+
+
+def _plain_config(benchmark: str, system: System) -> dict[str, Any]:
+    config = run_config(benchmark, system, [], None)
+    return {**config, "environment": environment()}
+
+
+# -- without a model --------------------------------------------------------------------------------------------------
+
+
+def _report(args: argparse.Namespace) -> None:
+    out = Path(args.out or args.folders[0])
+    for path in write_report([Path(folder) for folder in args.folders], out):
+        print(path)
+
+
+def _score(args: argparse.Namespace) -> None:
+    require_choice("benchmark", args.benchmark, ("ruler", "infinitebench"))
+    result = score_file(args.benchmark, args.task, args.file, args.rule)
+    if args.json:
+        print(json.dumps({name: result[name] for name in ("task", "metric", "score", "samples")}))
+        return
+    nulls = f", empty predictions {result['empty_predictions']}" if "empty_predictions" in result else ""
+    print(f"{result['task']}: {result['score']:.2f} ({result['metric']}, {result['samples']} samples{nulls})")

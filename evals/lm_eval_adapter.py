@@ -1,0 +1,243 @@
+"""apb_jax as a model of lm-evaluation-harness, registered under the name ``apb_jax``.
+
+    python -m evals lm_eval --model apb_jax --model_args model=tiny,method=apb,sp=8 --tasks ruler ...
+
+is ``lm_eval`` with this model known (the harness itself has no way to find models of other packages).
+
+A request brings one string; methods that treat document and query apart need two. ``split=auto`` cuts before RULER's
+question or before the last paragraph or line; ``split=64`` takes the last 64 tokens as the query. For exact methods the
+cut changes nothing. Log-likelihoods: the context goes through the method's prefill, the continuation is scored with
+exact causal attention over what the method kept, and is never embedded in an anchor. ``loglikelihood_rolling`` scores a
+window's tokens after the window's context in the same way; the first token of a text follows a doubled prefix token.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from apb_jax.errors import UserError
+from evals.__main__ import EngineSystem, connect
+from evals.base import EvalError
+from evals.cli import SystemSpec
+from evals.ruler.prompt import split_prompt
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise EvalError("the adapter needs lm-evaluation-harness: pip install 'apb-jax[evals]'") from error
+
+log = logging.getLogger(__name__)
+
+LAST_TOKENS = 16
+"""Query tokens of a string without any line break."""
+
+
+@register_model("apb_jax")
+class ApbJaxLM(TemplateLM):
+    """An apb_jax engine behind the harness's interface.
+
+    Args:
+      model: model name or folder; also accepted as ``pretrained``.
+      method: attention method; further keywords are its options (``anchor_tokens=1024``).
+      split: ``auto`` or a number of tokens, see the module.
+      max_length: most tokens of prompt and answer (default: the model's positions).
+      device: the harness always passes one; JAX chooses its devices itself.
+      batch_size: requests answered together; budgets that follow the prompt's length are then the shortest one's.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        method: str = "apb",
+        *,
+        pretrained: str | None = None,
+        sp: int | None = None,
+        tp: int = 1,
+        weights: str | None = None,
+        heads: str | None = None,
+        dtype: str | None = None,
+        split: str | int = "auto",
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        system: EngineSystem | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        name = model or pretrained
+        if name is None and system is None:
+            raise UserError("model_args name no model: give model=NAME")
+        if split != "auto" and not (isinstance(split, int) and split > 0):
+            raise UserError(f"split={split!r}: it must be 'auto' or a positive number of tokens")
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise UserError(f"batch_size={batch_size!r}: it must be a positive number")
+        spec = SystemSpec(str(name), (method,), {method: options}, weights, heads, dtype, sp, tp)
+        self.system = system if system is not None else connect(spec)(method)
+        self.tokenizer = self.system.tokenizer
+        self.max_length = min(max_length or self.system.max_length, self.system.max_length)
+        self._split, self._max_gen_toks, self._batch_size = split, max_gen_toks, int(batch_size)
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self._max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.system.tokens.name.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids behind one begin-of-text token, unless ``add_special_tokens`` is False."""
+        ids = list(self.system.tokens.encode(string))
+        return ids if add_special_tokens is False else self.system.open(ids)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The tokenizer's chat template as text; without a generation prompt the last message goes on."""
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f"the tokenizer {self.system.tokens.name} has no chat template; leave --apply_chat_template out"
+            )
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def split_ids(self, context: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """(document, query) ids of a prompt; both hold at least one token, begin-of-text doubled if need be."""
+        ids = list(ids)
+        if len(ids) < 2:
+            return ids, ids
+        if isinstance(self._split, int):
+            cut = len(ids) - self._split
+        else:
+            text, _ = _split_text(context)
+            cut = len(self.tok_encode(text)) if text else len(ids) - LAST_TOKENS
+        cut = min(max(1, cut), len(ids) - 1)
+        return ids[:cut], ids[cut:]
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, cut before the first stop string; prompts that are too long lose their start."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(index)
+        answers: list[str | None] = [None] * len(requests)
+        for indices in groups.values():
+            options = normalize_gen_kwargs(requests[indices[0]].args[1], self._max_gen_toks)
+            if options.get("do_sample") or options.get("temperature", 0) not in (0, 0.0):
+                raise UserError(f"generation_kwargs {requests[indices[0]].args[1]}: this adapter decodes greedily")
+            until = options["until"] if isinstance(options["until"], list) else [options["until"]]
+            limit = int(options["max_gen_toks"])
+            ordered = sorted(indices, key=lambda i: -len(requests[i].args[0]))
+            for start in range(0, len(ordered), self._batch_size):
+                batch = ordered[start : start + self._batch_size]
+                prompts = [self._fitting(requests[i].args[0], limit) for i in batch]
+                for index, answer in zip(batch, self.system.answer_ids(prompts, limit), strict=True):
+                    text = _cut(answer.text, until)
+                    answers[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return [answer for answer in answers if answer is not None]
+
+    def _fitting(self, context: str, new_tokens: int) -> tuple[list[int], list[int]]:
+        document, query = self.split_ids(context, self.tok_encode(context))
+        surplus = len(document) + len(query) - (self.max_length - new_tokens)
+        if surplus > 0:
+            if surplus >= len(document):
+                raise UserError(
+                    f"a query of {len(query)} tokens and {new_tokens} new ones exceed max_length {self.max_length}"
+                )
+            log.warning("prompt too long: its first %d tokens are left out (max_length %d)", surplus, self.max_length)
+            document = document[surplus:]
+        return document, query
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        results = []
+        for args, context, continuation in requests:
+            document, query = self.split_ids(args[0], context)
+            surplus = len(document) + len(query) + len(continuation) - self.max_length
+            if surplus > 0:
+                if surplus >= len(document):
+                    raise UserError(
+                        f"a continuation of {len(continuation)} tokens exceeds max_length {self.max_length}"
+                    )
+                log.warning("context too long: its first %d tokens are left out", surplus)
+                document = document[surplus:]
+            scored = self.system.score_ids(document, query, continuation)
+            result = (float(scored.log_probs.sum()), bool(scored.greedy))
+            self.cache_hook.add_partial("loglikelihood", args, result)
+            results.append(result)
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Total log-probability of each text; every token is scored once, in windows of ``max_length``."""
+        totals = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 1,
+                context_len=1,
+            )
+            total = 0.0
+            for context, continuation in map(make_disjoint_window, windows):
+                document, query = (context, context) if len(context) == 1 else (context[:-1], context[-1:])
+                total += float(self.system.score_ids(document, query, continuation).log_probs.sum())
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            totals.append(total)
+        return totals
+
+
+def _split_text(context: str) -> tuple[str, str]:
+    """(document, query) of a prompt in one string; the document is empty where nothing separates them."""
+    try:
+        return split_prompt(context)
+    except EvalError:
+        body = context.rstrip()
+        for mark in ("\n\n", "\n"):
+            cut = body.rfind(mark)
+            if cut > 0:
+                return context[: cut + len(mark)], context[cut + len(mark) :]
+        return "", context
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    places = [text.find(stop) for stop in until if stop]
+    return text[: min((place for place in places if place >= 0), default=len(text))]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The harness's own command line with this model and this project's tasks known."""
+    from lm_eval.__main__ import cli_evaluate
+
+    argv = list(argv)
+    if "--include_path" not in argv:
+        argv += ["--include_path", str(Path(__file__).parent / "lm_eval_tasks")]
+    sys.argv = ["lm_eval", *argv]
+    try:
+        cli_evaluate()
+    except (EvalError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

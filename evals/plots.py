@@ -1,0 +1,258 @@
+"""The report's pictures. Every function writes one PNG and returns its path."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals.base import EvalError
+from evals.tables import length_name
+
+# Okabe and Ito's colours: told apart by colour-blind readers, in grey print by their order.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B", "#9467BD")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+# Low to high, the colours of the original needle pictures.
+NEEDLE_COLOURS = ("#F0496E", "#EBB839", "#0CD79F")
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+    "axes.titlesize": 15,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 14,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8f98",
+    "axes.labelcolor": "#30343b",
+    "xtick.color": "#30343b",
+    "ytick.color": "#30343b",
+    "axes.grid": True,
+    "grid.color": "#e3e6ea",
+    "grid.linewidth": 1.0,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise EvalError("plots need matplotlib: pip install 'apb-jax[evals]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(_STYLE)
+    return plt
+
+
+def _save(plt, figure, path: Path) -> Path:
+    figure.savefig(path, dpi=160, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def _length_axis(axis, lengths: Sequence[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [length_name(n) for n in lengths])
+    axis.minorticks_off()
+    pad = 1.12 if len(lengths) > 1 else 2
+    axis.set_xlim(min(lengths) / pad, max(lengths) * pad)
+    axis.set_xlabel("length (tokens)")
+
+
+def _end_labels(axis, ends: Sequence[tuple[str, float, float, str]], *, log: bool = False) -> None:
+    """Write each series' name beside its last point, apart from one another."""
+    low, high = axis.get_ylim()
+    to, back = (np.log10, lambda v: 10**v) if log else (float, float)
+    gap = (to(high) - to(low)) * 0.055
+    placed: list[float] = []
+    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
+        height = to(y) if not placed else max(to(y), placed[-1] + gap)
+        placed.append(height)
+        axis.annotate(
+            name,
+            (x, back(height)),
+            xytext=(10, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontweight="bold",
+            annotation_clip=False,
+        )
+
+
+def score_over_length(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> Path:
+    """Mean score of each method over length, with the standard error of the mean as a band."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(9, 5))
+    lengths = sorted({int(n) for m in metrics.values() for n in m["mean_by_length"]})
+    ends = []
+    for i, (method, result) in enumerate(metrics.items()):
+        points = sorted((int(n), value["score"]) for n, value in result["mean_by_length"].items())
+        x, y = np.array(points).T
+        error = []
+        for length, _ in points:
+            errors = [r["standard_error"] for r in result["results"] if r["length"] == length]
+            error.append(np.sqrt(np.sum(np.square(errors))) / len(errors))
+        colour = COLOURS[i % len(COLOURS)]
+        if len(x) > 1:
+            axis.fill_between(x, y - error, np.minimum(100, y + error), color=colour, alpha=0.15, linewidth=0)
+        axis.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=8, linewidth=2.4)
+        ends.append((f"{method}  {y[-1]:.1f}", x[-1], y[-1], colour))
+    axis.set_ylim(0, 104)
+    axis.set_ylabel("mean score (%)")
+    _length_axis(axis, lengths)
+    _end_labels(axis, ends)
+    axis.set_title(title)
+    return _save(plt, figure, path)
+
+
+def task_grid(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> Path:
+    """Tasks down, methods and lengths across, score in every cell."""
+    plt = _pyplot()
+    tasks = list(dict.fromkeys(r["task"] for m in metrics.values() for r in m["results"]))
+    lengths = sorted({r["length"] for m in metrics.values() for r in m["results"]})
+    columns = [(method, length) for method in metrics for length in lengths]
+    values = np.full((len(tasks), len(columns)), np.nan)
+    for method, result in metrics.items():
+        for r in result["results"]:
+            values[tasks.index(r["task"]), columns.index((method, r["length"]))] = r["score"]
+    figure, axis = plt.subplots(figsize=(max(5.0, 0.9 * len(columns)), 1.2 + 0.42 * len(tasks)))
+    _cells(axis, values, lambda v: f"{v:.0f}")
+    axis.set_yticks(range(len(tasks)), tasks)
+    axis.set_xticks(range(len(columns)), [length_name(length) for _, length in columns])
+    axis.xaxis.tick_top()
+    for i, method in enumerate(metrics):
+        middle = i * len(lengths) + (len(lengths) - 1) / 2
+        axis.annotate(
+            method,
+            (middle, 1),
+            xytext=(0, 26),
+            textcoords="offset points",
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            fontweight="bold",
+        )
+        if i:
+            axis.axvline(i * len(lengths) - 0.5, color="white", linewidth=7)
+    axis.set_title(title, pad=52)
+    return _save(plt, figure, path)
+
+
+def _cells(axis, values: np.ndarray, text) -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("needle", NEEDLE_COLOURS).with_extremes(bad="#eceef1")
+    image = axis.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(np.arange(-0.5, values.shape[1]), minor=True)
+    axis.set_yticks(np.arange(-0.5, values.shape[0]), minor=True)
+    axis.grid(False)
+    axis.grid(which="minor", color="white", linewidth=2)
+    axis.tick_params(which="both", length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    if values.size <= 400:
+        for (i, j), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                axis.text(j, i, text(value), ha="center", va="center", fontsize=10, color="#20242a")
+    return image
+
+
+def needle_heatmap(cells: Mapping[str, Mapping[tuple[int, int], float]], title: str, path: Path) -> Path:
+    """One panel a method: depth downwards, length to the right, percent found in every cell.
+
+    Args:
+      cells: method -> {(length, depth percent): score 0..100}.
+    """
+    plt = _pyplot()
+    lengths = sorted({length for values in cells.values() for length, _ in values})
+    depths = sorted({depth for values in cells.values() for _, depth in values})
+    width = max(3.4, 0.62 * len(lengths) + 1.2)
+    height = max(3.2, 0.36 * len(depths) + 1)
+    across = min(len(cells), max(1, int(16 // width)))
+    down = -(-len(cells) // across)
+    figure, axes = plt.subplots(
+        down, across, figsize=(across * width, down * height), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis in axes.flat[len(cells) :]:
+        axis.set_visible(False)
+    for axis, (method, found) in zip(axes.flat, cells.items(), strict=False):
+        values = np.array([[found.get((length, depth), np.nan) for length in lengths] for depth in depths])
+        image = _cells(axis, values, lambda v: f"{v:.0f}")
+        axis.set_xticks(range(len(lengths)), [length_name(n) for n in lengths])
+        axis.set_yticks(range(len(depths)), [f"{d}%" for d in depths])
+        axis.set_xlabel("context length (tokens)")
+        axis.set_title(f"{method}: {np.nanmean(values):.0f}%", fontsize=14, pad=8)
+    for row in axes:
+        row[0].set_ylabel("depth of the needle")
+    bar = figure.colorbar(image, ax=axes, shrink=0.85, aspect=24, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("needle found (%)")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=16, fontweight="bold")
+    return _save(plt, figure, path)
+
+
+def latency_over_length(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> Path:
+    """Prefill seconds (log-log) and, where timed, decode milliseconds per token."""
+    plt = _pyplot()
+    timed = any(r["decode_ms_per_token"] is not None for m in metrics.values() for r in m["results"])
+    figure, axes = plt.subplots(1, 1 + timed, figsize=(8 + 5 * timed, 5), squeeze=False, layout="constrained")
+    panels = [("prefill_s", "prefill (seconds)"), ("decode_ms_per_token", "decode (ms per token)")]
+    lengths = sorted({r["length"] for m in metrics.values() for r in m["results"]})
+    for axis, (name, label) in zip(axes[0], panels, strict=False):
+        ends = []
+        for i, (method, result) in enumerate(metrics.items()):
+            points = [(r["length"], r[name]) for r in result["results"] if r[name]]
+            if not points:
+                continue
+            x, y = np.array(points).T
+            colour = COLOURS[i % len(COLOURS)]
+            axis.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=8, linewidth=2.4)
+            ends.append((method, x[-1], y[-1], colour))
+        axis.set_yscale("log")
+        axis.set_ylabel(label)
+        _length_axis(axis, lengths)
+        _plain_log_ticks(axis)
+        _end_labels(axis, ends, log=True)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=16, fontweight="bold")
+    return _save(plt, figure, path)
+
+
+def _plain_log_ticks(axis) -> None:
+    """1, 2, 5, 10... instead of powers; at least a factor of two is shown."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_ylim()
+    if high / low < 2:
+        middle = (low * high) ** 0.5
+        axis.set_ylim(middle / 1.5, middle * 1.5)
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def perplexity_over_position(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> Path:
+    """Perplexity of each method over the position in the text."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(9, 5))
+    lengths = sorted({r["length"] for m in metrics.values() for r in m["results"]})
+    ends = []
+    for i, (method, result) in enumerate(metrics.items()):
+        x, y = np.array([(r["length"], r["perplexity"]) for r in result["results"]]).T
+        colour = COLOURS[i % len(COLOURS)]
+        axis.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=8, linewidth=2.4)
+        ends.append((f"{method}  {y[-1]:.2f}", x[-1], y[-1], colour))
+    axis.set_ylabel("perplexity")
+    axis.margins(y=0.25)
+    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
+    _length_axis(axis, lengths)
+    axis.set_xlabel("position in the text (tokens)")
+    _end_labels(axis, ends)
+    axis.set_title(title)
+    return _save(plt, figure, path)

@@ -1,0 +1,263 @@
+"""Reports from run folders: report.md, report.html and the plots beside them.
+
+Runs are put into one table only if their prompts and scoring are the same: RULER variants, chat wrappers,
+InfiniteBench templates and rules, needle forms and perplexity protocols get sections of their own.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals import plots
+from evals.base import EvalError
+from evals.page import Block, Details, Heading, Paragraph, Picture, Section, to_html, to_markdown
+from evals.store import read_rows
+from evals.tables import Table, latency_table, length_name, perplexity_table, ruler_notes, score_tables
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished or unfinished run."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+
+    @property
+    def benchmark(self) -> str:
+        return self.config["benchmark"]
+
+    @property
+    def model(self) -> str:
+        return str(self.config["system"].get("model", "unknown model"))
+
+    @property
+    def method(self) -> str:
+        return str(self.config["system"].get("method", self.path.name))
+
+    @property
+    def kind(self) -> str:
+        """What separates scores that must not share a table, in words."""
+        tasks = self.config.get("tasks") or []
+        first = tasks[0] if tasks else {}
+        if self.benchmark == "ruler":
+            return f"{first['variant']}, wrapper {first['wrapper']}"
+        if self.benchmark == "infinitebench":
+            return f"template {first['template']}, {first['rule']} rule, at most {_lengths(tasks)} tokens"
+        if self.benchmark == "needle":
+            return f"form {first['form']}" if "form" in first else "four needles"
+        if self.benchmark == "perplexity":
+            return f"protocol {self.config['protocol']}, window {self.config['window']}"
+        return f"{self.config['new_tokens']} new tokens"
+
+
+def _lengths(tasks: Sequence[dict[str, Any]]) -> str:
+    return "/".join(length_name(n) for n in sorted({task["length"] for task in tasks}))
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """Every run in or below the folders, in order of path."""
+    runs = []
+    for folder in folders:
+        if not folder.is_dir():
+            near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*")], n=1)
+            raise EvalError(
+                f"{folder}: no such folder" + (f"; did you mean {folder.parent / near[0]}?" if near else "")
+            )
+        found = sorted(path.parent for path in folder.rglob("config.json"))
+        complete = [path for path in found if (path / "metrics.json").is_file()]
+        if not complete:
+            state = "runs without metrics yet" if found else "no run"
+            raise EvalError(f"{folder}: {state} there (a run has config.json and metrics.json)")
+        for path in complete:
+            config, metrics = (json.loads((path / name).read_text()) for name in ("config.json", "metrics.json"))
+            if "benchmark" in config:
+                runs.append(Run(path, config, metrics))
+    return list({run.path.resolve(): run for run in runs}.values())
+
+
+def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write report.md, report.html and PNG plots into ``out``; returns their paths."""
+    runs = find_runs(folders)
+    out.mkdir(parents=True, exist_ok=True)
+    runs.sort(key=lambda run: run.method != "full")  # the exact method first, and in the same colour everywhere
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.benchmark, run.model, run.kind), []).append(run)
+    order = {name: i for i, name in enumerate(_SECTIONS)}
+
+    def rank(item: tuple[tuple[str, str, str], list[Run]]) -> tuple[int, tuple[str, ...]]:
+        return order[item[0][0]], item[0][1:]
+
+    sections = [_section(key, group, out) for key, group in sorted(groups.items(), key=rank)]
+    if len(groups) > 1:
+        sections.insert(0, Section("Overview", [_overview(sorted(groups.items(), key=rank))]))
+    models = ", ".join(sorted({run.model for run in runs}))
+    title = f"Long-context evaluation of {models}"
+    methods = ", ".join(dict.fromkeys(run.method for run in runs))
+    lead = f"{len(runs)} runs; methods: {methods}"
+    markdown, page = out / "report.md", out / "report.html"
+    markdown.write_text(to_markdown(title, lead, sections), encoding="utf-8")
+    page.write_text(to_html(title, lead, sections), encoding="utf-8")
+    pictures = [block.path for s in sections for block in s.blocks if isinstance(block, Picture)]
+    return [markdown, page, *pictures]
+
+
+def _section(key: tuple[str, str, str], runs: list[Run], out: Path) -> Section:
+    benchmark, model, kind = key
+    by_name: dict[str, Run] = {}
+    for run in runs:  # two runs of a method are told apart by their folders
+        name = (
+            run.method if sum(r.method == run.method for r in runs) == 1 else f"{run.method} ({run.path.parent.name})"
+        )
+        by_name[name if name not in by_name else f"{run.method} ({run.path})"] = run
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(key)).strip("-").lower()
+    blocks = _SECTIONS[benchmark](by_name, stem, out)
+    return Section(f"{_TITLES[benchmark]}: {model}", [Paragraph(f"{kind}."), *blocks, *_how(by_name)])
+
+
+def _overview(groups: Sequence[tuple[tuple[str, str, str], list[Run]]]) -> Table:
+    """One row a section: its figure at the longest length, per method."""
+    methods = list(dict.fromkeys(run.method for _, runs in groups for run in runs))
+    rows, shades = [], {}
+    for i, ((benchmark, model, kind), runs) in enumerate(groups):
+        name, field = _HEADLINES[benchmark]
+        cells = {}
+        for run in runs:
+            if benchmark in ("perplexity", "latency"):
+                last = run.metrics["results"][-1]
+                length, value = last["length"], last[field]
+                cells[run.method] = f"{value:.4g}"
+            else:
+                length = max(int(n) for n in run.metrics["mean_by_length"])
+                value = run.metrics["mean_by_length"][str(length)]["score"]
+                cells[run.method] = f"{value:.1f}"
+                shades[i, 3 + methods.index(run.method)] = value / 100
+        rows.append(
+            (f"{_TITLES[benchmark]}: {model}", kind, f"{name} at {length_name(length)}", *map(cells.get, methods))
+        )
+    filled = tuple(tuple(cell or "" for cell in row) for row in rows)
+    return Table(("benchmark", "kind", "figure", *methods), filled, shades)
+
+
+_TITLES = {
+    "ruler": "RULER",
+    "infinitebench": "InfiniteBench",
+    "needle": "Needle in a haystack",
+    "perplexity": "Perplexity",
+    "latency": "Latency",
+}
+_HEADLINES = {
+    "ruler": ("mean score (%)", ""),
+    "infinitebench": ("mean score (%)", ""),
+    "needle": ("found (%)", ""),
+    "perplexity": ("perplexity", "perplexity"),
+    "latency": ("prefill (s)", "prefill_s"),
+}
+
+
+def _metrics(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+    return {name: run.metrics for name, run in runs.items()}
+
+
+def _score_blocks(title: str) -> Callable[[dict[str, Run], str, Path], list[Block]]:
+    def blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
+        metrics = _metrics(runs)
+        means, tasks = score_tables(metrics)
+        result: list[Block] = []
+        if len(means.header) > 2:
+            path = plots.score_over_length(metrics, f"{title}: mean score over length", out / f"{stem}-length.png")
+            result.append(Picture(path, "Mean score of each method over length"))
+        result += [Heading("Mean over tasks"), means]
+        result += [Paragraph(note) for note in ruler_notes(metrics)]
+        result += [Heading("Every task (score ± standard error)")]
+        if len(tasks.header) > 3:  # task, one column, samples: the table says it all
+            path = plots.task_grid(metrics, f"{title}: every task", out / f"{stem}-tasks.png")
+            result.append(Picture(path, "Score of every task"))
+        result.append(tasks)
+        sizes = {(r["length"], m["tasks"]) for s in metrics.values() for r in s["results"] for m in [_mean(s, r)]}
+        if len({tasks_run for _, tasks_run in sizes}) > 1:
+            result.append(Paragraph("The means are over different numbers of tasks: compare task by task."))
+        return result
+
+    return blocks
+
+
+def _mean(metrics: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    return metrics["mean_by_length"][str(result["length"])]
+
+
+def _needle_blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
+    metrics = _metrics(runs)
+    means, _ = score_tables(metrics)
+    cells: dict[str, dict[tuple[int, int], float]] = {}
+    for name, run in runs.items():
+        sums: dict[tuple[int, int], list[float]] = {}
+        for row in read_rows(run.path):
+            if "depth" in row["info"]:
+                sums.setdefault((row["length"], row["info"]["depth"]), []).append(row["score"])
+        cells[name] = {cell: 100 * sum(scores) / len(scores) for cell, scores in sums.items()}
+    if any(cells.values()):
+        path = plots.needle_heatmap(cells, "Needle in a haystack", out / f"{stem}.png")
+        picture = Picture(path, "Share of needles found by length and depth")
+    else:
+        path = plots.score_over_length(metrics, "Four needles: tests passed", out / f"{stem}.png")
+        picture = Picture(path, "Share of tests passed over length")
+    return [picture, Heading("Found (%)"), means]
+
+
+def _latency_blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
+    metrics = _metrics(runs)
+    wanted = next((run.config.get("baseline") for run in runs.values() if run.config.get("baseline")), None)
+    path = plots.latency_over_length(metrics, "Latency over length", out / f"{stem}.png")
+    first = next(iter(runs.values())).config
+    note = (
+        f"Mean of {first['repeats']} runs after {first['warmups']} untimed; timed: {first['timed']}. "
+        "tok/s is the APB paper's: (prompt + generated tokens) / (prefill + decode seconds)."
+    )
+    return [Picture(path, "Prefill and decode times over length"), latency_table(metrics, wanted), Paragraph(note)]
+
+
+def _perplexity_blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
+    metrics = _metrics(runs)
+    path = plots.perplexity_over_position(metrics, "Perplexity over position", out / f"{stem}.png")
+    return [Picture(path, "Perplexity of each method over position"), perplexity_table(metrics)]
+
+
+_SECTIONS: dict[str, Callable[[dict[str, Run], str, Path], list[Block]]] = {
+    "ruler": _score_blocks("RULER"),
+    "infinitebench": _score_blocks("InfiniteBench"),
+    "needle": _needle_blocks,
+    "perplexity": _perplexity_blocks,
+    "latency": _latency_blocks,
+}
+
+
+def _how(runs: dict[str, Run]) -> list[Block]:
+    """What really ran: budgets, dense layers, fallbacks; then the whole configurations, folded away."""
+    rows = []
+    for name, run in runs.items():
+        seen: dict[str, set[int]] = {}
+        for result in run.metrics["results"]:
+            for facts in result.get("ran", []):
+                text = "; ".join(f"{k}: {_plain(v)}" for k, v in facts.items() if k != "samples") or "nothing reported"
+                seen.setdefault(text, set()).add(result["length"])
+        for text, lengths in seen.items():
+            rows.append((name, ", ".join(length_name(n) for n in sorted(lengths)), text))
+    blocks: list[Block] = []
+    if rows:
+        blocks += [Heading("What ran"), Table(("method", "length", "as reported by the system"), tuple(rows))]
+    configs = "\n".join(json.dumps({n: r.config}, indent=1, ensure_ascii=False) for n, r in runs.items())
+    return [*blocks, Details("Configuration of these runs", configs)]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    return str(value)

@@ -1,0 +1,196 @@
+"""Runs tasks through a generator: resumable, one sample in memory at a time, with progress and time left."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from evals.base import EvalError, Example, Generator, Task
+from evals.store import RunFolder
+
+_PACKAGES = ("apb-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "nltk", "rouge-score")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of everything that can move a number."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def run_config(benchmark: str, generator: Generator, tasks: Sequence[Task], samples: int | None) -> dict[str, Any]:
+    """config.json: what was run on what. A run may be continued only with an equal configuration."""
+    return {
+        "benchmark": benchmark,
+        "system": generator.describe(),
+        "samples": samples,
+        "tasks": [{"task": task.name, "length": task.length, **task.describe()} for task in tasks],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "environment": environment(),
+    }
+
+
+def check_length(generator: Generator, length: int, what: str) -> None:
+    """Refuse a length for which the model has no positions."""
+    if generator.max_length is not None and length > generator.max_length:
+        raise EvalError(
+            f"{what}: {length} tokens exceed the model's {generator.max_length} positions; "
+            f"the longest legal length is {generator.max_length}"
+        )
+
+
+def answer(generator: Generator, example: Example, what: str) -> dict[str, Any]:
+    """Generate and return the facts of one sample."""
+    check_length(generator, generator.count(example.prompt) + example.max_new_tokens, f"{what} sample {example.id}")
+    completion = generator.generate(
+        example.document, example.query, example.max_new_tokens, embedded_query=example.embedded_query
+    )
+    row = {
+        "pred": completion.text,
+        "outputs": list(example.references),
+        "prompt_tokens": completion.prompt_tokens,
+        "generated_tokens": completion.generated_tokens,
+        "prefill_s": completion.prefill_s,
+        "decode_s": completion.decode_s,
+        "ran": dict(completion.facts),
+        "info": dict(example.info),
+    }
+    if example.label is not None:
+        row["label"] = example.label
+    return row
+
+
+def run_tasks(
+    generator: Generator,
+    tasks: Sequence[Task],
+    folder: RunFolder,
+    *,
+    samples: int | None,
+    console: Console,
+    label: str,
+) -> dict[str, Any]:
+    """Run every task to its end and return (and write) the metrics.
+
+    Args:
+      samples: most samples of each task, None for all.
+      label: what the progress line is called (the method).
+    """
+    for task in tasks:
+        check_length(generator, task.length, f"{task.name} at length {task.length}")
+    # Progress is counted in tokens: a sample at 128K takes longer than one at 4K.
+    known = samples if samples is not None else 1
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        bar = progress.add_task(label, total=sum(task.length * known for task in tasks), note="")
+        for task in tasks:
+            _run_one(generator, task, folder, samples, lambda note, n: progress.update(bar, advance=n, note=note))
+            metrics = summarise(folder, tasks)
+            folder.write_metrics(metrics)
+            if not console.is_terminal:  # a log file gets a line a task instead of a moving bar
+                done = next(r for r in metrics["results"] if (r["task"], r["length"]) == (task.name, task.length))
+                console.print(f"{label} {task.name} at {task.length}: {done['score']} ({done['samples']} samples)")
+    return summarise(folder, tasks)
+
+
+def _run_one(generator: Generator, task: Task, folder: RunFolder, samples: int | None, report) -> None:
+    what = f"{task.name} at {task.length}"
+    total, count = 0.0, 0
+    for example in task.examples():
+        if samples is not None and count == samples:
+            break
+        row = folder.done.get((task.name, task.length, example.id))
+        if row is None:
+            facts = answer(generator, example, what)
+            row = {"task": task.name, "length": task.length, "id": example.id, "score": None, **facts}
+            row["score"] = task.score(example, facts["pred"])
+            folder.append(row)
+        total += row["score"]
+        count += 1
+        report(f"{what}: {100 * total / count:.1f} ({count} samples)", task.length)
+    if count == 0:
+        raise EvalError(f"{what}: the task holds no samples")
+
+
+def summarise(folder: RunFolder, tasks: Sequence[Task]) -> dict[str, Any]:
+    """metrics.json: score with standard error of every task and length, means over tasks per length."""
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in folder.done.values():
+        groups.setdefault((row["task"], row["length"]), []).append(row)
+    results = []
+    for task in tasks:
+        rows = groups.get((task.name, task.length))
+        if rows:
+            facts = {"task": task.name, "length": task.length, "metric": task.metric}
+            results.append({**facts, **_statistics(rows), "ran": what_ran(rows)})
+    lengths = sorted({result["length"] for result in results})
+    means = {}
+    for length in lengths:
+        scores = [result["score"] for result in results if result["length"] == length]
+        means[str(length)] = {"score": round(sum(scores) / len(scores), 2), "tasks": len(scores)}
+    return {"results": results, "mean_by_length": means}
+
+
+def what_ran(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The distinct facts of the rows (method, budgets, dense layers, fallbacks), each with its number of rows.
+
+    Facts that differ in numbers only are one entry with ranges: budgets may follow the prompt's length.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        facts = _flat(row.get("ran", {}))
+        words = {name: value for name, value in facts.items() if not _is_number(value)}
+        groups.setdefault(json.dumps(words, sort_keys=True), []).append(facts)
+    result = []
+    for members in groups.values():
+        merged = {name: _range([one[name] for one in members if name in one]) for name in members[0]}
+        result.append({**merged, "samples": len(members)})
+    return result
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        flat |= _flat(value) if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _range(values: Sequence[Any]) -> Any:
+    if not _is_number(values[0]) or min(values) == max(values):
+        return values[0]
+    return f"{min(values)}–{max(values)}"
+
+
+def _statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    scores = [row["score"] for row in rows]
+    mean = sum(scores) / len(scores)
+    variance = sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1)
+    return {
+        "score": round(100 * mean, 2),
+        "standard_error": round(100 * math.sqrt(variance / len(scores)), 2),
+        "samples": len(scores),
+        "empty_predictions": sum(not row["pred"].strip() for row in rows),
+    }

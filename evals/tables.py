@@ -1,0 +1,154 @@
+"""Tables of results: plain rows of strings, for the terminal and for reports alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from evals.ruler.scoring import effective_length, weighted_averages
+
+
+@dataclass(frozen=True)
+class Table:
+    """``shades[row][column]``, where given, colours a cell from 0 (bad) to 1 (good)."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    shades: Mapping[tuple[int, int], float] = field(default_factory=dict)
+
+
+def length_name(length: int) -> str:
+    """4096 -> "4K", 1048576 -> "1M", 5000 -> "5000"."""
+    for unit, name in ((1024**2, "M"), (1024, "K")):
+        if length % unit == 0:
+            return f"{length // unit}{name}"
+    return str(length)
+
+
+def score_tables(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Table, Table]:
+    """(means over tasks per method and length, every task) of RULER-like metrics by method."""
+    lengths = sorted({int(n) for m in metrics.values() for n in m["mean_by_length"]})
+    means, shades = [], {}
+    for i, (method, result) in enumerate(metrics.items()):
+        by_length = {int(n): value["score"] for n, value in result["mean_by_length"].items()}
+        row = [method]
+        for j, length in enumerate(lengths):
+            row.append(f"{by_length[length]:.2f}" if length in by_length else "")
+            if length in by_length:
+                shades[i, j + 1] = by_length[length] / 100
+        means.append(tuple(row))
+    header = ("method", *(length_name(n) for n in lengths))
+
+    scores = {(m, r["task"], r["length"]): r for m, result in metrics.items() for r in result["results"]}
+    tasks = list(dict.fromkeys(r["task"] for result in metrics.values() for r in result["results"]))
+    columns = [(method, length) for length in lengths for method in metrics]
+    rows, task_shades = [], {}
+    for i, task in enumerate(tasks):
+        row, samples = [task], set()
+        for j, (method, length) in enumerate(columns):
+            found = scores.get((method, task, length))
+            row.append(f"{found['score']:.1f} ± {found['standard_error']:.1f}" if found else "")
+            if found:
+                task_shades[i, j + 1] = found["score"] / 100
+                samples.add(found["samples"])
+        rows.append((*row, "/".join(map(str, sorted(samples)))))
+    head = ("task", *(f"{method} {length_name(length)}" for method, length in columns), "samples")
+    return Table(header, tuple(means), shades), Table(head, tuple(rows), task_shades)
+
+
+def ruler_notes(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Effective length, and the weighted averages where all six lengths and 13 tasks were run."""
+    notes = []
+    for method, result in metrics.items():
+        by_length = {int(n): v["score"] for n, v in result["mean_by_length"].items() if v["tasks"] == 13}
+        if not by_length:
+            continue
+        reached = effective_length(by_length)
+        text = f"{method}: effective length {length_name(reached) if reached else 'below every tested length'}"
+        weighted = weighted_averages(by_length)
+        if weighted:
+            text += f"; weighted averages {weighted[0]} (increasing), {weighted[1]} (decreasing)"
+        notes.append(text)
+    return notes
+
+
+def latency_table(metrics: Mapping[str, Mapping[str, Any]], baseline: str | None) -> Table:
+    """Prefill seconds, decode milliseconds and APB's tokens per second; ratios to ``baseline`` where given."""
+    reference = (
+        {r["length"]: r for r in metrics[baseline]["results"]} if baseline is not None and baseline in metrics else {}
+    )
+    header = ["length", "method", "tokens", "prefill s", "min–max s", "decode ms/token", "tok/s (APB)"]
+    if reference:
+        header += [f"prefill vs {baseline}", f"tok/s vs {baseline}"]
+    lengths = sorted({r["length"] for m in metrics.values() for r in m["results"]})
+    rows = []
+    for length in lengths:
+        for method, result in metrics.items():
+            for r in result["results"]:
+                if r["length"] != length:
+                    continue
+                decode = r["decode_ms_per_token"]
+                row = [
+                    length_name(length),
+                    method,
+                    str(r["prompt_tokens"]),
+                    f"{r['prefill_s']:.5f}",
+                    f"{r['prefill_min_s']:.4f}–{r['prefill_max_s']:.4f}",
+                    f"{decode:.2f}" if decode is not None else "not timed",
+                    f"{r['tokens_per_s']:.2f}",
+                ]
+                base = reference.get(length)
+                if base:
+                    row.append(f"{base['prefill_s'] / r['prefill_s']:.2f}x")
+                    row.append(f"{r['tokens_per_s'] / base['tokens_per_s']:.2f}x")
+                elif reference:
+                    row += ["", ""]
+                rows.append(tuple(row))
+    return Table(tuple(header), tuple(rows))
+
+
+def perplexity_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
+    lengths = sorted({r["length"] for m in metrics.values() for r in m["results"]})
+    rows = []
+    for method, result in metrics.items():
+        values = {r["length"]: f"{r['perplexity']:.4f}" for r in result["results"]}
+        rows.append((method, *(values.get(length, "") for length in lengths)))
+    return Table(("method", *(length_name(n) for n in lengths)), tuple(rows))
+
+
+def print_metrics(benchmark: str, metrics: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """The run's result on the terminal."""
+    if benchmark == "perplexity":
+        tables: Sequence[Table] = [perplexity_table(metrics)]
+    elif benchmark == "latency":
+        tables = [_without(latency_table(metrics, None), ("min–max s",))]
+    elif benchmark == "needle":
+        tables = [score_tables(metrics)[0]]
+    else:
+        tables = [_narrow_score_table(metrics), score_tables(metrics)[0]]
+    for table in tables:
+        shown = RichTable()
+        for i, name in enumerate(table.header):
+            shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+
+
+def _narrow_score_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row per task and length, a column per method: fits a terminal."""
+    found = {(r["task"], r["length"], m): r for m, result in metrics.items() for r in result["results"]}
+    rows = []
+    for task, length in dict.fromkeys((task, length) for task, length, _ in found):
+        cells = [found.get((task, length, method)) for method in metrics]
+        samples = "/".join(sorted({str(cell["samples"]) for cell in cells if cell}))
+        scores = [f"{cell['score']:.1f} ± {cell['standard_error']:.1f}" if cell else "" for cell in cells]
+        rows.append((task, length_name(length), *scores, samples))
+    return Table(("task", "length", *metrics, "samples"), tuple(rows))
+
+
+def _without(table: Table, columns: Sequence[str]) -> Table:
+    keep = [i for i, name in enumerate(table.header) if name not in columns]
+    return Table(tuple(table.header[i] for i in keep), tuple(tuple(row[i] for i in keep) for row in table.rows))
