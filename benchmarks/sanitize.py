@@ -1,0 +1,55 @@
+"""Each GPU kernel once, small: `compute-sanitizer --tool memcheck python -m benchmarks.sanitize [kernel ...]`."""
+
+import os
+import sys
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.flash_attention import RowSegment, flash_attention
+from pallas_kernels.retaining_score import retaining_score
+from pallas_kernels.select import select_topk
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def flash(implementation):
+    q, k, v = normal(0, 1, 300, 4, 64), *((normal(s, 1, 40, 2, 64), normal(s + 1, 1, 300, 2, 64)) for s in (1, 3))
+    rows = (RowSegment(300, jnp.int32(13), 40, 340),)
+    return flash_attention(q, k, v, rows, implementation=implementation)
+
+
+def decode(implementation):
+    q, k, v = normal(0, 1, 1, 8, 64), normal(1, 1, 600, 2, 64), normal(2, 1, 600, 2, 64)
+    return decode_attention(q, k, v, 577, implementation=implementation)
+
+
+def score(implementation):
+    marks = {"dead_rows": 3, "masked_rows": 20, "valid_rows": 290}
+    x, w1, w2 = normal(0, 1, 300, 128), normal(1, 128, 256), normal(2, 256, 8)
+    return retaining_score(x, w1, w2, implementation=implementation, **marks)
+
+
+def select(implementation):
+    scores = jax.random.normal(jax.random.key(0), (1, 300, 2))
+    return select_topk(scores, normal(1, 1, 300, 2, 64), normal(2, 1, 300, 2, 64), 100, implementation=implementation)
+
+
+KERNELS = {
+    "flash_mosaic": (flash, "mosaic_gpu"),
+    "decode_mosaic": (decode, "mosaic_gpu"),
+    "score_mosaic": (score, "mosaic_gpu"),
+    "flash_triton": (flash, "triton"),
+    "select_triton": (select, "triton"),
+}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or KERNELS:
+        run, implementation = KERNELS[name]
+        jax.block_until_ready(jax.jit(run, static_argnums=0)(implementation))
+        print(f"{name}: ran", flush=True)

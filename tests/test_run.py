@@ -1,0 +1,211 @@
+"""The command line: every mistake gets one line that names value, rule and nearest legal choice, and status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from hf_checkpoints import tiny_config, write_checkpoint
+
+from apb_jax.config import RunConfig, parse, parse_length
+from apb_jax.errors import UserError
+from apb_jax.run import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Good and bad files by the names that the table uses."""
+    folder = tmp_path_factory.mktemp("files")
+    write_checkpoint(folder / "model", heads=True)
+    write_checkpoint(folder / "other", tiny_config(num_kv_heads=4), heads=True)
+    cut = write_checkpoint(folder / "truncated")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (write_checkpoint(folder / "noconfig") / "config.json").unlink()
+    broken = write_checkpoint(folder / "brokenconfig") / "config.json"
+    broken.write_text(broken.read_text()[:-20])
+    gpt = write_checkpoint(folder / "gpt")
+    (gpt / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (folder / "empty.txt").write_text("")
+    (folder / "blank.txt").write_text(" \n\t\n")
+    (folder / "latin1.txt").write_bytes("café".encode("latin-1"))
+    (folder / "book.txt").write_text("It was a dark and stormy night. " * 20)
+    (folder / "weightless").mkdir()
+    return {"dir": str(folder)} | {path.name: str(path) for path in folder.iterdir()}
+
+
+MODEL = ["--model", "{model}", "--seq", "200", "--max-new-tokens", "4"]
+BAD = [
+    (["--document", "{dir}/bok.txt", "--query", "Who?"], "no such file; did you mean {book.txt}?"),
+    (["--document", "{dir}", "--query", "Who?"], "is a folder; give one text file"),
+    (["--document", "{empty.txt}", "--query", "Who?"], "is empty (0 bytes); it needs at least one word"),
+    (["--document", "{blank.txt}", "--query", "Who?"], "is empty (4 bytes)"),
+    (["--document", "{latin1.txt}", "--query", "Who?"], "is not UTF-8 text (byte 0xe9 at offset 3)"),
+    (["--document", "{book.txt}"], "comes without a question; add --query TEXT"),
+    (["--document", "{book.txt}", "--query", "  "], "--query is empty"),
+    (["--query", "Who?"], "add --document FILE"),
+    (["--document", "{book.txt}", "--query", "Who?", "--model", "{model}"], "has no tokenizer"),
+    (["--document", "{book.txt}", "--query", "Who?", "--needle", "123"], "cannot be combined with --document"),
+    (["--needle", "12ab"], "--needle is '12ab'; it must be 1 to 32 digits"),
+    ([*MODEL, "--needle", "123"], "--needle needs a tokenizer"),
+    (["--depth", "1.5"], "--depth is 1.5; it must be between 0 and 1 (nearest legal choice: 1)"),
+    (["--depth", "nan"], "--depth is nan; it must be between 0 and 1"),
+    (["--seq", "0"], "length '0' is not a number of tokens"),
+    (["--seq", "12q"], "length '12q' is not a number of tokens; write for example 8192, 8k"),
+    (["--seq", "-5"], "length '-5' is not a number of tokens"),
+    (["--model", "{model}", "--seq", "30"], "--seq 30 leaves no room for a document"),
+    (["--model", "{model}", "--seq", "1m"], "exceeds the 256 positions of model; nearest legal choice: 256"),
+    ([*MODEL, "--sp", "7", "--tp", "2"], "needs 14 devices, here are 8"),
+    ([*MODEL, "--sp", "2", "--virtual-shards", "4"], "--virtual-shards 4 needs one device, not --sp 2 --tp 1"),
+    ([*MODEL, "--sp", "0"], "--sp is 0; it must be between 1 and 1024"),
+    ([*MODEL, "--sp", "two"], "--sp is 'two'; it must be a number"),
+    ([*MODEL, "--sp", "1", "--tp", "3"], "--tp 3 does not divide model's 2 KV heads; nearest legal choice: --tp 2"),
+    (["--model", "llama3.1-9b"], "llama3.1-8b"),
+    (["--model", "{dir}/nowhere"], "nowhere"),
+    (["--model", "{truncated}"], "truncated"),
+    (["--model", "{noconfig}"], "config.json"),
+    (["--model", "{brokenconfig}"], "config.json"),
+    (["--model", "{gpt}"], "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2"),
+    ([*MODEL, "--weights", "{weightless}"], "{weightless} holds no config.json"),
+    ([*MODEL, "--weights", "{dir}/none"], "no such folder"),
+    ([*MODEL, "--heads", "{other}/retaining_heads.safetensors"], "fc"),
+    ([*MODEL, "--heads", "{dir}/heads.safetensors"], "no such file"),
+    ([*MODEL, "--heads", "{model}/config.json"], "config.json"),
+    ([*MODEL, "--heads", "{model}/retaining_heads.safetensors", "--weights", "random"], "drop one of the two"),
+    ([*MODEL, "--method", "abp"], "unknown method 'abp'; there are: "),
+    ([*MODEL, "--method", "abp"], "did you mean 'apb'?"),
+    ([*MODEL, "--method", "full", "--anchor", "32"], "method 'full' has no option 'anchor_tokens'"),
+    ([*MODEL, "--anchor", "-3"], "--anchor is -3; it must be at least 0 (nearest legal choice: 0)"),
+    ([*MODEL, "--passing", "-1"], "--passing is -1; it must be at least 0"),
+    ([*MODEL, "--compare", "apb"], "--compare apb is the method itself"),
+    ([*MODEL, "--compare", "fulll"], "did you mean 'full'?"),
+    ([*MODEL, "--set", "zigzag"], "--set 'zigzag' is not of the form FIELD=VALUE"),
+    ([*MODEL, "--method", "ring", "--set", "zigzags=true"], "method 'ring' has no option 'zigzags'"),
+    ([*MODEL, "--method", "streaming", "--sp", "2"], "runs on one shard, here are 2; nearest legal choice: --sp 1"),
+    ([*MODEL, "--method", "auto", "--anchor", "4"], "--method auto decides itself"),
+    ([*MODEL, "--rope", "string", "--string-offset", "-1"], "--string-offset is -1.0"),
+    ([*MODEL, "--scorer", "magic"], "invalid choice: 'magic'"),
+    ([*MODEL, "--kernels", "cudnn", "--sp", "2"], "nearest legal choice: --kernels auto"),
+    ([*MODEL, "--kernels", "fast"], "invalid choice: 'fast'"),
+    ([*MODEL, "--dtype", "fp8"], "invalid choice: 'fp8'"),
+    ([*MODEL, "--template", "chatml"], "unknown template 'chatml'; there are: llama3"),
+    ([*MODEL, "--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
+    ([*MODEL, "--temperature", "-1"], "--temperature is -1; it must be at least 0"),
+    ([*MODEL, "--top-p", "0"], "--top-p is 0; it must be between 0.0001 and 1"),
+    ([*MODEL, "--seed", "-1"], "--seed is -1; it must be at least 0"),
+    ([*MODEL, "--profile", "{book.txt}"], "is a file; give a folder"),
+    (["--processes", "2"], "must be given together"),
+    (["--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "2"], "it must lie in 0..1"),
+    (["--metod", "apb"], "unrecognized arguments: --metod apb; did you mean --method?"),
+    (["run"], "unrecognized arguments: run"),
+]
+
+
+def fill(text: str, files: dict[str, str]) -> str:
+    return re.sub(r"\{([\w.]+)\}", lambda match: files[match[1]], text)
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(a)[-50:] for a, _ in BAD])
+def test_mistakes(
+    arguments: list[str],
+    words: str,
+    files: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("APB_JAX_CACHE", "off")
+    assert main([fill(a, files) for a in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert fill(words, files) in lines[0]
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "APB_JAX_CACHE": "off", "PYTHONUNBUFFERED": "1"}
+    environment.pop("XLA_FLAGS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "apb_jax.run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_ctrl_c(files: dict[str, str]) -> None:
+    """Interrupted in the middle of a run: one line, status 2, no traceback."""
+    process = command("--model", files["model"], "--seq", "200", "--compare", "full,ring,star,spava,xattention")
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert [line for line in errors.splitlines() if line] == ["error: interrupted"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--temperature", "0.7", "--top-p", "0.9"],
+        ["--compare", "full,ring,streaming"],
+        ["--sp", "7"],
+        ["--sp", "1", "--virtual-shards", "4"],
+    ],
+)
+def test_json_is_the_last_line(
+    options: list[str], files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on random weights, also on seven devices: the last line of standard output parses and is complete."""
+    monkeypatch.setenv("APB_JAX_CACHE", "off")
+    arguments = ["--model", files["model"], "--seq", "200", "--max-new-tokens", "6", "--json", *options]
+    arguments += [] if "--sp" in options else ["--sp", "4"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    result: dict[str, Any] = json.loads(out)
+    assert set(result) >= {
+        "prediction", "ground_truth", "method", "mesh", "document_tokens", "prefill_s", "prefill_tokens_per_s",
+        "decode_ms_per_token", "peak_bytes_per_device", "versions",
+    }  # fmt: skip
+    assert len(result["tokens"]) == 6
+    assert result["document_tokens"] == 200 - 32 - 6
+    assert result["peak_bytes_per_device"] > 0
+    if "--compare" in options:
+        assert [other["method"] for other in result["compare"]] == ["full", "ring", "streaming"]
+        assert result["collectives_per_layer"] == {"all_gather": 1}
+        assert [other["mesh"]["sp"] for other in result["compare"]] == [4, 4, 1]
+        for other in result["compare"]:
+            assert 0 <= other["receipt"]["top1_agreement"] <= 1
+            assert other["receipt"]["rows"] == 32 + 6
+
+
+def test_same_seed_same_answer(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APB_JAX_CACHE", "off")
+    arguments = ["--model", files["model"], "--seq", "120", "--max-new-tokens", "8", "--sp", "2", "--json"]
+    answers = []
+    for seed in ("1", "1", "2"):
+        assert main([*arguments, "--temperature", "2", "--seed", seed]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("8192", 8192), ("8k", 8192), ("128K", 131072), ("1m", 1048576)])
+def test_lengths(text: str, tokens: int) -> None:
+    assert parse_length(text) == tokens
+
+
+def test_no_arguments_is_the_needle_on_the_packaged_model() -> None:
+    assert parse([]) == RunConfig(options=parse([]).options)
+    assert parse([]).method_options == {}
+    with pytest.raises(UserError):
+        RunConfig(document="x")
