@@ -62,6 +62,7 @@ class RunConfig:
     model: str = "tiny"
     weights: str | None = None
     heads: str | None = None
+    fold_heads: bool = False
     template: str | None = None
     seq: int | None = None
     sp: int | None = None
@@ -85,6 +86,7 @@ class RunConfig:
     string_offset: float = 0.33
     string_local: int = 128
     json: bool = False
+    save: str | None = None
     profile: str | None = None
     coordinator: str | None = None
     processes: int | None = None
@@ -113,6 +115,8 @@ class RunConfig:
             raise UserError(f"--weights {self.weights}: no such folder; give a folder with *.safetensors, or 'random'")
         if self.heads is not None and self.weights == "random":
             raise UserError("--heads has no meaning with --weights random; drop one of the two")
+        if self.save is not None and Path(self.save).is_file():
+            raise UserError(f"--save {self.save} is a file; give a folder for run.json and run.md")
         if self.profile is not None and Path(self.profile).is_file():
             raise UserError(f"--profile {self.profile} is a file; give a folder for the trace")
         if self.virtual_shards > 1 and (self.tp > 1 or (self.sp or 1) > 1):
@@ -205,6 +209,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--heads", metavar="FILE", help="retaining heads (safetensors); default: beside the weights")
     group.add_argument(
+        "--fold-heads",
+        action="store_true",
+        help="fold the retaining heads into the QKV projections while loading: scores then cost one smaller product",
+    )
+    group.add_argument(
         "--template", metavar="NAME", help="chat template: llama3, qwen, mistral, base (default: by model)"
     )
     group.add_argument("--dtype", choices=("bf16", "float32"), help="default: bf16 on GPUs, float32 on CPUs")
@@ -294,6 +303,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--temperature", type=_number(float, "--temperature", 0), default=0.0, help="0 is greedy")
     group.add_argument("--top-p", type=_number(float, "--top-p", 0.0001, 1), default=1.0, help="nucleus sampling")
     group.add_argument("--json", action="store_true", help="a JSON object as the last line of standard output")
+    group.add_argument("--save", metavar="DIR", help="write run.json, and run.md for people, there")
     group.add_argument("--profile", metavar="DIR", help="write a jax.profiler trace of the run there")
     return parser
 

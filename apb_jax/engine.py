@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from apb_jax.attention.apb import APB
 from apb_jax.attention.base import AttentionMethod, Capabilities, Kernels, Layout, Prompt, bucket
 from apb_jax.attention.full import Full
+from apb_jax.attention.recovered import RecoveredMass, sample_rows, why_not
 from apb_jax.attention.registry import METHODS, MethodSpec, Request
 from apb_jax.cache import DocumentCache, TailCache
 from apb_jax.checkpoint import LoadedModel
@@ -340,6 +341,24 @@ class Session:
         logits, _, _ = self._query(queries, 1, all_logits=True)
         host = np.asarray(logits)
         return [host[b, : len(q)] for b, q in enumerate(queries)]
+
+    def recovered_mass(self) -> RecoveredMass | None:
+        """How much of full attention's mass the method's prefill saw; None where that is not defined.
+
+        Runs the prefill once more, with twice the attention; sampled rows of all requests and shards together.
+        """
+        engine, programs, layout = self.engine, self.engine.programs, self.layout
+        if why_not(self.method, engine.model.config, engine.shards) is not None:
+            return None
+        index, real = sample_rows(layout, engine.model.config.head_dim)
+        batch = len(self.prompts)
+        tokens, positions, rows = (
+            programs.place(np.ascontiguousarray(a.reshape(batch, -1)), P(None, SP))
+            for a in (layout.tokens, layout.positions, index)
+        )
+        shares = programs.recovered(self.method, engine.state, tokens, positions, self.lengths, rows)
+        host = np.moveaxis(np.asarray(shares), 2, 1)[:, :, real.reshape(batch, -1)]
+        return RecoveredMass(np.minimum(host, 1.0))
 
     def generate(
         self,

@@ -159,6 +159,22 @@ APB_BUDGETS_OF: dict[str, tuple[Budget, ...]] = {
 """Rows of models that need their own, by model name; the others use the paper's."""
 
 
+METHOD_OPTIONS_OF: dict[str, dict[str, dict[str, object]]] = {
+    "tiny": {
+        "streaming": {"sink_tokens": 64, "window_tokens": 256},
+        "minference": {"vertical": 64, "slash": 384},
+        "infllm": {
+            "init_tokens": 32, "local_tokens": 512, "block_tokens": 64, "retrieved_blocks": 4, "step_tokens": 128,
+        },
+        "locret": {"budget_tokens": 1024, "chunk_tokens": 512, "stabilizers": 128},
+    },
+}  # fmt: skip
+"""Sizes of methods for models that need their own, by model and method name; the others use the methods' defaults.
+
+tiny: about a sixteenth of what the papers use at 128K, because its documents have about 8K tokens.
+"""
+
+
 def apb_budget(document_tokens: int, rows: tuple[Budget, ...] = APB_BUDGETS) -> Budget:
     """The row whose length is nearest on a logarithmic scale; the shorter of two equally near ones."""
     return min(rows, key=lambda row: (abs(math.log2(row.length / max(1, document_tokens))), row.length))

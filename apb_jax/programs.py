@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.base import AttentionMethod, Kernels, Layout, Shard
 from apb_jax.attention.decode import Cached
+from apb_jax.attention.recovered import layer_shares
 from apb_jax.cache import DocumentCache, TailCache
 from apb_jax.mesh import SP, TP
 from apb_jax.model.config import ModelConfig
@@ -192,6 +193,34 @@ class Programs:
         """``layers`` layers from layer ``start`` on; ``x`` and ``cache`` are donated."""
         args = (state, x, positions, lengths, cache, start)
         return self.call("prefill", (method, layers), lambda: self.prefill_program(method, layers), args)
+
+    def recovered(
+        self,
+        method: AttentionMethod,
+        state: nnx.State,
+        tokens: Int[Array, "B N*S"],
+        positions: Int[Array, "B N*S"],
+        lengths: Lengths,
+        rows: Int[Array, "B N*R"],
+    ) -> Float[Array, "L B H N*R"]:
+        """Shares of full attention's mass that ``method`` sees on local ``rows``, by a prefill of its own."""
+
+        def body(state: Any, tokens: Any, positions: Any, lengths: Lengths, rows: Any) -> Any:
+            shard, model = lengths.shard(self.shards), self.model(state)
+
+            def attend(inputs: LayerInputs, shares: Any) -> tuple[Any, Any]:
+                out, (k, _) = method.prefill(inputs, shard, self.kernels)
+                places = lengths.positions_of(shard)
+                found = layer_shares(method, inputs, k, lengths.kept(shard), places, rows, shard, self.kernels)
+                return out, shares.at[inputs.layer].set(found)
+
+            heads = self.config.num_heads // self.mesh.shape[TP]
+            shares = jnp.zeros((self.config.num_layers, rows.shape[0], heads, rows.shape[1]), jnp.float32)
+            return model.run_layers(model.embed(tokens), positions, attend, shares, tp_axis=self.tp_axis)[1]
+
+        local = P(None, SP)
+        make = lambda: self.traced(body, (self.specs, local, local, P(), local), P(None, None, TP, SP))  # noqa: E731
+        return self.call("recovered", method, make, (state, tokens, positions, lengths, rows))
 
     # ---- query and decode --------------------------------------------------------------------------------------------
 

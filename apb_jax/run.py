@@ -13,6 +13,7 @@ import platform
 import re
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apb_jax.config import DEFAULT_SEQ, DEFAULT_SIMULATED, RunConfig, parse
@@ -140,6 +141,8 @@ def describe(config: RunConfig, engine: Engine, session: Session, answer: Answer
         "correct": None if truth is None else first_number(answer.text) == truth,
         "method": answer.method.name,
         "method_options": dataclasses.asdict(answer.method),
+        "layers": engine.model.config.num_layers,
+        "dense_layers": list(answer.method.dense_layers_of(engine.model.config)),
         "model": config.model,
         "weights": config.weights or "checkpoint",
         "dtype": engine.model.dtype.name,
@@ -185,7 +188,8 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     use_compile_cache()
     others = [MethodSpec(name) for name in config.compare]
     sampler = Sampler(config.temperature, config.top_p)
-    model = load(config.model, weights=config.weights, heads=config.heads, dtype=config.dtype)
+    fold = True if config.fold_heads else None  # None: as the folder has them
+    model = load(config.model, weights=config.weights, heads=config.heads, dtype=config.dtype, fold_heads=fold)
     if config.rope == "string":
         length = config.seq or model.config.max_positions
         model = dataclasses.replace(
@@ -246,6 +250,9 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
                 results[-1] |= {"collectives_per_layer": moved.collectives, "bytes_per_layer": moved.received_bytes}
     result = results[0]
     if others:
+        for session, one in zip(sessions, results, strict=True):  # last: its memory is not the methods'
+            mass = session.recovered_mass()
+            one["recovered_mass"] = mass.to_json() if mass else None
         result["compare"] = [
             other
             | {
@@ -255,6 +262,9 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
             for i, other in enumerate(results[1:], 1)
         ]
     show_result(console, result)
+    if config.save and not config.process:
+        save_result(Path(config.save), result)
+        console.print(f"saved: {config.save}/run.json and run.md", highlight=False, markup=False)
     return result
 
 
@@ -315,22 +325,26 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     """The closing table, the receipts, and the two lines that matter."""
     from apb_jax import screen
 
-    columns = [result, *result.get("compare", [])]
-    cells = [screen.figures(column) for column in columns]
-    rows = [(row[0][0], *(value for _, value in row)) for row in zip(*cells, strict=True)]
+    header, rows = screen.closing_table(result)
     console.print()
-    console.print(screen.result_table(rows, ("", *(column["method"] for column in columns))))
-    for other in result.get("compare", []):
-        r = other["receipt"]
-        console.print(
-            f"\nreceipt against {other['method']}: prefill {other['speedup']:.2f}x as fast, greedy agreement "
-            f"{r['greedy_agreement']:.0%}, top-1 agreement {r['top1_agreement']:.0%} over {r['rows']} query and answer "
-            f"positions, KL mean {r['kl_mean']:.2g} max {r['kl_max']:.2g} nats",
-            highlight=False,
-        )
+    console.print(screen.result_table(rows, header))
+    for line in screen.receipts(result):
+        console.print(f"\n{line}", highlight=False)
     truth = result["ground_truth"]
     console.print(f"\nGround Truth: {'none (not a needle)' if truth is None else truth}", highlight=False, markup=False)
     console.print(f"Prediction: {result['prediction']}", highlight=False, markup=False)
+
+
+def save_result(folder: Path, result: dict[str, Any]) -> None:
+    """``run.json`` and ``run.md``: what the screen shows, to keep and to compare."""
+    from apb_jax import screen
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (folder / "run.md").write_text(screen.markdown(result), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--save {folder} cannot be written: {error.strerror}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -87,7 +87,8 @@ def layout_picture(layout: Layout, method: AttentionMethod, mesh: dict[str, int]
     block = int(layout.block_rows[0])
 
     def keys(shard: int) -> dict[str, int]:
-        earlier = {"earlier": shard * block} if method.can.exact else {"passing": shard * passed}
+        whole = method.can.exact or (method.can.selects and not prefix)
+        earlier = {"earlier": shard * block} if whole else {"passing": shard * passed}
         return earlier | (prefix if shard else {}) | {"block": block}
 
     widest = max(sum(keys(shard).values()) for shard in range(layout.shards))
@@ -106,7 +107,8 @@ def layout_picture(layout: Layout, method: AttentionMethod, mesh: dict[str, int]
         "passing": f"passing: {passed:,} of each earlier shard, per KV head",
         "block": f"own block: {block:,}, causally",
     }
-    lines.append(Text("the keys that a block's rows see:", style="dim"))
+    seen = "the keys among which the method selects:" if method.can.selects else "the keys that a block's rows see:"
+    lines.append(Text(seen, style="dim"))
     for name, count in shown.items():
         if count:
             lines.append(
@@ -137,8 +139,73 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("decode", "-" if decode is None else f"{decode:.2f} ms/token"),
         (f"memory per device, {result['memory_source']}", size(result["peak_bytes_per_device"])),
         *([("moved per layer and shard", size(result["bytes_per_layer"]))] if "bytes_per_layer" in result else []),
+        *(recovered(result) if "recovered_mass" in result else []),
         ("compile, not counted above", f"{result['compile_s']:.1f} s"),
     ]
 
 
-__all__ = ["StageBar", "figures", "layout_picture", "result_table", "size", "tokens"]
+def recovered(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """How much of full attention's mass the sampled rows saw, and which layers are dense by the method's settings."""
+    share, layers = result["recovered_mass"], result["dense_layers"]
+    return [
+        ("attention mass recovered", f"{share['mean']:.1%}" if share else "not defined"),
+        ("  in the lowest layer", f"{min(share['by_layer']):.1%}" if share else "not defined"),
+        ("layers with dense prefill", f"{len(layers)} of {result['layers']}"),
+    ]
+
+
+def closing_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(header, rows): a column per method, the first one's first."""
+    columns = [result, *result.get("compare", [])]
+    cells = [figures(column) for column in columns]
+    rows = [(row[0][0], *(value for _, value in row)) for row in zip(*cells, strict=True)]
+    return ("", *(column["method"] for column in columns)), rows
+
+
+def receipts(result: dict[str, Any]) -> list[str]:
+    """A sentence per method that was run beside: what the first one changed, and what it gained."""
+    return [
+        f"receipt against {other['method']}: prefill {other['speedup']:.2f}x as fast, greedy agreement "
+        f"{other['receipt']['greedy_agreement']:.0%}, top-1 agreement {other['receipt']['top1_agreement']:.0%} over "
+        f"{other['receipt']['rows']} query and answer positions, KL mean {other['receipt']['kl_mean']:.2g} "
+        f"max {other['receipt']['kl_max']:.2g} nats"
+        for other in result.get("compare", [])
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The run as a Markdown page: what ran, the closing table, the receipts, prediction and truth."""
+    header, rows = closing_table(result)
+    options = ", ".join(f"{name}={value}" for name, value in result["method_options"].items()) or "no options"
+    mesh = " x ".join(f"{axis}={count}" for axis, count in result["mesh"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    cut = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
+    lines = [
+        f"# {result['model']}: {result['method']} on {result['document_tokens']:,} tokens",
+        "",
+        f"{result['method']} ({options}); weights {result['weights']}, {result['dtype']}, kernels {result['kernels']}; "
+        f"{result['device']}, mesh {mesh}, {result['shards']} shards; {versions}.",
+        "",
+        cut(header),
+        "|" + "---|" * len(header),
+        *map(cut, rows),
+        *(line for sentence in receipts(result) for line in ("", sentence)),
+        "",
+        f"Ground truth: {result['ground_truth'] or 'none (not a needle)'}",
+        "",
+        f"Prediction: {result['prediction']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+__all__ = [
+    "StageBar",
+    "closing_table",
+    "figures",
+    "layout_picture",
+    "markdown",
+    "receipts",
+    "result_table",
+    "size",
+    "tokens",
+]

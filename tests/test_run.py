@@ -24,6 +24,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Good and bad files by the names that the table uses."""
     folder = tmp_path_factory.mktemp("files")
     write_checkpoint(folder / "model", heads=True)
+    write_checkpoint(folder / "bare")
     write_checkpoint(folder / "other", tiny_config(num_kv_heads=4), heads=True)
     cut = write_checkpoint(folder / "truncated")
     weights = cut / "model.safetensors"
@@ -86,6 +87,8 @@ BAD = [
     ([*MODEL, "--passing", "-1"], "--passing is -1; it must be at least 0"),
     ([*MODEL, "--compare", "apb"], "--compare apb is the method itself"),
     ([*MODEL, "--compare", "fulll"], "did you mean 'full'?"),
+    ([*MODEL, "--save", "{book.txt}"], "is a file; give a folder"),
+    (["--model", "{bare}", "--fold-heads"], "has no retaining heads to fold"),
     ([*MODEL, "--set", "zigzag"], "--set 'zigzag' is not of the form FIELD=VALUE"),
     ([*MODEL, "--method", "ring", "--set", "zigzags=true"], "method 'ring' has no option 'zigzags'"),
     ([*MODEL, "--method", "streaming", "--sp", "2"], "runs on one shard, here are 2; nearest legal choice: --sp 1"),
@@ -155,16 +158,22 @@ def test_ctrl_c(files: dict[str, str]) -> None:
     "options",
     [
         ["--temperature", "0.7", "--top-p", "0.9"],
-        ["--compare", "full,ring,streaming"],
+        ["--compare", "full,ring,streaming", "--save", "out"],
         ["--sp", "7"],
+        ["--fold-heads", "--dtype", "bf16"],
         ["--sp", "1", "--virtual-shards", "4"],
     ],
 )
 def test_json_is_the_last_line(
-    options: list[str], files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    files: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """A run on random weights, also on seven devices: the last line of standard output parses and is complete."""
     monkeypatch.setenv("APB_JAX_CACHE", "off")
+    monkeypatch.chdir(tmp_path)
     arguments = ["--model", files["model"], "--seq", "200", "--max-new-tokens", "6", "--json", *options]
     arguments += [] if "--sp" in options else ["--sp", "4"]
     assert main(arguments) == 0
@@ -185,6 +194,15 @@ def test_json_is_the_last_line(
         for other in result["compare"]:
             assert 0 <= other["receipt"]["top1_agreement"] <= 1
             assert other["receipt"]["rows"] == 32 + 6
+        shares = [one["recovered_mass"]["mean"] for one in (result, *result["compare"])]
+        assert shares[1:3] == pytest.approx([1, 1], abs=1e-4)
+        assert 0.5 < shares[0] <= 1
+        assert (result["dense_layers"], result["compare"][0]["dense_layers"]) == ([], list(range(result["layers"])))
+        assert json.loads(Path("out/run.json").read_text(encoding="utf-8")) == result
+        page = Path("out/run.md").read_text(encoding="utf-8")
+        assert "|  | apb | full | ring | streaming |" in page
+        assert "| attention mass recovered |" in page
+        assert page.count("receipt against") == 3
 
 
 def test_same_seed_same_answer(

@@ -40,6 +40,10 @@ class Capabilities:
     max_batch: int | None = None
     remaps_positions: bool = True
     """Whether ``--rope string`` composes with it."""
+    true_positions: bool = True
+    """Whether prefill scores keys at their true distances, so that its softmax compares with full attention's."""
+    selects: bool = False
+    """Whether rows see only a selection of what stands in front of them in their own block."""
     tested: tuple[str, ...] = ("exact limit",)
     """Kinds of evidence in tests/: "exact limit", "selection oracle", "recordings", "transformers"."""
 
@@ -219,6 +223,10 @@ class AttentionMethod(abc.ABC):
                 "nearest legal choice: the model's own rope, or --method full"
             )
         return None
+
+    def dense_layers_of(self, config: ModelConfig) -> tuple[int, ...]:
+        """Layers whose prefill is full attention by the method's settings; all where the method is exact."""
+        return tuple(range(config.num_layers)) if self.can.exact else ()
 
     def why_not(self, prompts: list[Prompt], shards: int) -> str | None:
         """Why these prompts do not fit this method on so many shards, with the numbers; None where they do."""

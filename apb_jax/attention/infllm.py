@@ -95,9 +95,11 @@ class InfLLM(AttentionMethod):
     name: ClassVar[str] = "infllm"
     can: ClassVar[Capabilities] = Capabilities(
         exact=False,
+        selects=True,
         paper="InfLLM, arXiv 2402.04617",
         max_shards=1,
         remaps_positions=False,
+        true_positions=False,
         tested=("exact limit", "selection oracle"),
     )
 

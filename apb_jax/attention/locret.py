@@ -39,10 +39,12 @@ class Locret(AttentionMethod):
     name: ClassVar[str] = "locret"
     can: ClassVar[Capabilities] = Capabilities(
         exact=False,
+        selects=True,
         paper="Locret, arXiv 2410.01805",
         needs_heads=True,
         max_shards=1,
         remaps_positions=False,
+        true_positions=False,
         tested=("exact limit", "selection oracle"),
     )
 

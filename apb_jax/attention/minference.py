@@ -83,6 +83,7 @@ class MInference(AttentionMethod):
     name: ClassVar[str] = "minference"
     can: ClassVar[Capabilities] = Capabilities(
         exact=False,
+        selects=True,
         paper="MInference, arXiv 2407.02490",
         needs_query_in_prefill=True,
         max_shards=1,
@@ -112,6 +113,9 @@ class MInference(AttentionMethod):
             if layers != config.num_layers:
                 return f"pattern file {path} has {layers} layers, the model has {config.num_layers}; give its own file"
         return super().refuse(config, shards, batch, tp, options)
+
+    def dense_layers_of(self, config: ModelConfig) -> tuple[int, ...]:
+        return tuple(range(min(self.dense_layers, config.num_layers)))
 
     def layout(self, prompts: list[Prompt], shards: int) -> Layout:
         whole = [np.concatenate([p.document, p.query]) for p in prompts]

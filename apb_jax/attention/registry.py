@@ -21,7 +21,7 @@ from apb_jax.attention.streaming import Streaming
 from apb_jax.attention.ulysses import Ulysses, ring_shards_for
 from apb_jax.attention.xattention import XAttention
 from apb_jax.errors import UserError
-from apb_jax.presets import APB_BUDGETS, Budget, apb_budget
+from apb_jax.presets import APB_BUDGETS, METHOD_OPTIONS_OF, Budget, apb_budget
 
 XATTENTION_TABLES = (("llama3.1-8b", 8), ("llama3.1-8b", 16))
 
@@ -145,5 +145,7 @@ class MethodSpec:
                 raise UserError(f"method {self.name!r} has no option {option!r}; it takes {takes}")
 
     def build(self, request: Request) -> AttentionMethod:
-        """The method with every hyper-parameter decided."""
-        return METHODS[self.name][1](request, self.options)
+        """The method with every hyper-parameter decided: as given, else the model's own, else the method's default."""
+        own = METHOD_OPTIONS_OF.get(request.model, {}).get(self.name, {})
+        given = {name: value for name, value in self.options.items() if value is not None}
+        return METHODS[self.name][1](request, own | given)

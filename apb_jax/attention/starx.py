@@ -116,7 +116,7 @@ class StarXSparse(Star):
 
     name: ClassVar[str] = "starx_sparse"
     can: ClassVar[Capabilities] = Capabilities(
-        exact=False, paper="ours: Star + XAttention selection", remaps_positions=False
+        exact=False, selects=True, paper="ours: Star + XAttention selection", remaps_positions=False
     )
 
     def __post_init__(self) -> None:

@@ -52,7 +52,9 @@ class Streaming(AttentionMethod):
     generation: str = "dense"
 
     name: ClassVar[str] = "streaming"
-    can: ClassVar[Capabilities] = Capabilities(exact=False, paper="StreamingLLM, arXiv 2309.17453", max_shards=1)
+    can: ClassVar[Capabilities] = Capabilities(
+        exact=False, selects=True, paper="StreamingLLM, arXiv 2309.17453", max_shards=1
+    )
 
     def __post_init__(self) -> None:
         if self.sink_tokens < 0:

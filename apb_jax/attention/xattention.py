@@ -140,6 +140,7 @@ class XAttention(AttentionMethod):
     name: ClassVar[str] = "xattention"
     can: ClassVar[Capabilities] = Capabilities(
         exact=False,
+        selects=True,
         paper="XAttention, arXiv 2503.16428",
         remaps_positions=False,
         tested=("exact limit", "shards agree", "selection oracle"),

@@ -1,8 +1,9 @@
 """``python -m apb_jax.tiny.evaluate --out DIR``: the model card's table, through the public engine.
 
-Methods: full attention; APB with the trained heads, with the training-free scorer, with random heads; anchor only
-(nothing passed). Samples have fresh seeds, key words held out from training, and the packaged haystacks (and the
-held-out end of ``--data``). A cell that is in DIR already is not measured again, so a killed run goes on.
+Methods: every one that ``--method`` knows, with the sizes that it takes for the packaged model; APB with the trained
+heads, with the training-free scorer, with random heads, and with nothing passed (anchor only). Samples have fresh
+seeds, key words held out from training, and the packaged haystacks (and the held-out end of ``--data``). A cell that is
+in DIR already is not measured again, so a killed run goes on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 import apb_jax
+from apb_jax.attention import AttentionMethod
+from apb_jax.attention.registry import METHODS as REGISTRY
+from apb_jax.attention.registry import MethodSpec
 from apb_jax.errors import UserError
 from apb_jax.retaining.train import hf_heads, initial_heads
 from apb_jax.tiny import QUERY_AT
@@ -33,7 +37,8 @@ from apb_jax.tiny.tasks import TASKS, World
 from apb_jax.tiny.tokenizer import BOS_ID, Encoder
 from apb_jax.tiny.words import vocabulary
 
-METHODS = ("full", "apb-heads", "apb-query", "apb-random", "anchor-only")
+APB_FORMS = ("apb-heads", "apb-query", "apb-random", "anchor-only")
+METHODS = ("full", *APB_FORMS, *(name for name in REGISTRY if name not in ("full", "apb")))
 CARD_TASKS = ("single", "passkey", "multikey", "multivalue", "vt", "update")
 NEW_TOKENS = 64
 HEADS_HIDDEN = 256
@@ -91,10 +96,10 @@ def wilson(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def method_of(name: str, tokens: int, shards: int, given: Budget | None) -> apb_jax.APB | apb_jax.Full:
-    """The method behind a column of the table, for documents of ``tokens`` on ``shards`` shards."""
-    if name == "full":
-        return apb_jax.Full()
+def method_of(name: str, tokens: int, shards: int, given: Budget | None) -> apb_jax.APB | MethodSpec:
+    """The method behind a row of the table, for documents of ``tokens`` on ``shards`` shards."""
+    if name not in APB_FORMS:
+        return MethodSpec(name)
     budget = given or Budget.of(tokens, shards)
     return apb_jax.APB(
         anchor_tokens=budget.anchor_tokens,
@@ -104,6 +109,11 @@ def method_of(name: str, tokens: int, shards: int, given: Budget | None) -> apb_
     )
 
 
+def shards_of(name: str, shards: int) -> int:
+    """Shards that a row of the table runs on: one where the method (or full attention) knows no more."""
+    return shards if name in APB_FORMS or (name != "full" and REGISTRY[name][0].can.max_shards != 1) else 1
+
+
 def make_engine(model: Any, shards: int) -> apb_jax.Engine:
     """An engine on ``shards`` devices, or on one device with virtual shards where there is only one."""
     if len(jax.devices()) == 1:
@@ -111,8 +121,8 @@ def make_engine(model: Any, shards: int) -> apb_jax.Engine:
     return apb_jax.Engine(model, "full", apb_jax.make_mesh(sp=shards))
 
 
-def measure(engine: Any, samples: list[Item], batch: int, expect: str) -> tuple[int, list[str]]:
-    """(how many are correct, predictions)."""
+def measure(engine: Any, samples: list[Item], batch: int, expect: str) -> tuple[int, list[str], AttentionMethod]:
+    """(how many are correct, predictions, the last batch's method with all its sizes)."""
     correct, texts = 0, []
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
@@ -127,25 +137,27 @@ def measure(engine: Any, samples: list[Item], batch: int, expect: str) -> tuple[
             text = answer.text or engine.codec.decode(answer.tokens)
             texts.append(text)
             correct += is_correct(text, sample.values)
-    return correct, texts
+    return correct, texts, answers[-1].method
 
 
 def markdown(cells: dict[str, dict[str, Any]]) -> str:
-    """A table with a row per task and length and a column per method: percent [95% Wilson interval]."""
-    rows = list(dict.fromkeys((c["task"], c["tokens"]) for c in cells.values()))
-    used = [m for m in METHODS if any(c["method"] == m for c in cells.values())]
-    lines = ["| task | tokens | " + " | ".join(used) + " |", "|---|---|" + "---|" * len(used)]
-    for task, tokens in rows:
-        shown = []
-        for method in used:
-            cell = cells.get(f"{method}/{task}/{tokens}")
-            if cell is None:
-                shown.append("")
-                continue
-            low, high = wilson(cell["correct"], cell["count"])
-            shown.append(f"{100 * cell['correct'] / cell['count']:.0f} [{100 * low:.0f}, {100 * high:.0f}]")
-        lines.append(f"| {task} | {tokens} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+    """For each length a table with a row per method and a column per task: percent [95% Wilson interval]."""
+    lines = []
+    for tokens in sorted({cell["tokens"] for cell in cells.values()}):
+        here = {(c["method"], c["task"]): c for c in cells.values() if c["tokens"] == tokens}
+        tasks = list(dict.fromkeys(task for _, task in here))
+        lines += ["| " + " | ".join((f"{tokens} tokens", *tasks)) + " |", "|---|" + "---|" * len(tasks)]
+        for method in (name for name in METHODS if any(name == used for used, _ in here)):
+            shown = (share(here[method, task]) if (method, task) in here else "" for task in tasks)
+            lines.append("| " + " | ".join((method, *shown)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def share(cell: dict[str, Any]) -> str:
+    """Percent answered exactly [95% Wilson interval]."""
+    low, high = wilson(cell["correct"], cell["count"])
+    return f"{100 * cell['correct'] / cell['count']:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
@@ -180,15 +192,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if path.exists():
         report = json.loads(path.read_text(encoding="utf-8"))
     cells = report["cells"]
-    report |= {
+    measured_on = {
         "device": jax.devices()[0].device_kind,
         "devices": len(jax.devices()),
+        "dtype": model.dtype.name,
         "jax": jax.__version__,
-        "shards": args.sp,
-        "virtual": len(jax.devices()) == 1,
         "seed": args.seed,
     }
-    engines: dict[bool, apb_jax.Engine] = {}
+    engines: dict[tuple[bool, int], apb_jax.Engine] = {}
     for tokens in args.lengths:
         samples = {task: items(task, tokens, args.samples, args.seed, encoder, haystacks) for task in args.tasks}
         for method in args.methods:
@@ -197,15 +208,19 @@ def run(args: argparse.Namespace, console: Console) -> None:
                 if cells.get(name, {}).get("count", 0) >= args.samples:
                     continue
                 began = time.perf_counter()
-                drawn = method == "apb-random"
-                if drawn not in engines:
-                    engines[drawn] = make_engine(random if drawn else model, args.sp)
-                engine = engines[drawn].with_method(method_of(method, tokens, args.sp, given))
-                correct, texts = measure(engine, samples[task], args.batch, "full" if method == "full" else "apb")
+                key = (method == "apb-random", shards_of(method, args.sp))
+                if key not in engines:
+                    engines[key] = make_engine(random if key[0] else model, key[1])
+                engine = engines[key].with_method(method_of(method, tokens, args.sp, given))
+                correct, texts, used = measure(
+                    engine, samples[task], args.batch, "apb" if method in APB_FORMS else engine.method.name
+                )
                 cells[name] = {
                     "method": method, "task": task, "tokens": tokens, "correct": correct, "count": len(texts),
-                    "options": vars(engine.method),
+                    "shards": engine.shards,
+                    "options": vars(used),
                     "seconds": round(time.perf_counter() - began, 2),
+                    **measured_on,
                 }  # fmt: skip
                 console.print(f"{name:32s} {correct}/{len(texts)}  {cells[name]['seconds']} s", highlight=False)
                 path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from pallas_kernels.flash_attention.call import AttentionCall
 from pallas_kernels.flash_attention.rows import row_bounds
 
 TILE_ROWS = 256
-TILE_KEYS = 1024
+TILE_KEYS = 512
 
 
 def _tiled(array: jax.Array, tile: int) -> jax.Array:
@@ -24,25 +24,27 @@ def _tiled(array: jax.Array, tile: int) -> jax.Array:
 
 
 def _attend_tile(carry, tile, q, first, stop, scale):
-    """One step of the online softmax; carry = (accumulator [B,K,G,q,D], peak, total), all float32."""
-    k, v, base = tile
+    """One step of the online softmax; carry = (accumulator [B,K,G*q,D], peak, total), all float32; q [B,K,G*q,D]."""
+    k, v, base = tile  # [B, K, t, D]
     precision = "highest" if q.dtype == jnp.float32 else None
-    key = base + jnp.arange(k.shape[1], dtype=jnp.int32)
+    key = base + jnp.arange(k.shape[2], dtype=jnp.int32)
     visible = (first[..., None] <= key) & (key < stop[..., None])  # [B, q, t]
+    grouped = (*q.shape[:2], -1, visible.shape[1], k.shape[2])
 
     def attend(carry):
         acc, peak, total = carry
         # Slots that no row sees may hold NaN, and 0 * NaN is NaN.
-        read = visible.any(axis=1)[:, :, None, None]
+        read = visible.any(axis=1)[:, None, :, None]
         k_read, v_read = jnp.where(read, k, jnp.zeros_like(k)), jnp.where(read, v, jnp.zeros_like(v))
-        scores = jnp.einsum("bskgd,btkd->bkgst", q, k_read, preferred_element_type=jnp.float32, precision=precision)
-        scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
+        scores = jnp.einsum("bksd,bktd->bkst", q, k_read, preferred_element_type=jnp.float32, precision=precision)
+        masked = jnp.where(visible[:, None, None], scores.reshape(grouped) * scale, -jnp.inf)
+        scores = masked.reshape(scores.shape)
         new_peak = lax.stop_gradient(jnp.maximum(peak, scores.max(axis=-1)))
         shift = jnp.where(jnp.isneginf(new_peak), 0.0, new_peak)
         weights = jnp.exp(scores - shift[..., None])
         decay = jnp.exp(peak - shift)
         update = jnp.einsum(
-            "bkgst,btkd->bkgsd",
+            "bkst,bktd->bksd",
             weights.astype(v.dtype),
             v_read,
             preferred_element_type=jnp.float32,
@@ -64,7 +66,8 @@ def chunked_attention(
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
     tile_rows, tile_keys = min(TILE_ROWS, rows), min(TILE_KEYS, keys)
-    key_tiles = (_tiled(k, tile_keys), _tiled(v, tile_keys))
+    # Heads in front of rows, once: batched products of plain matrices, nothing is transposed inside the loops.
+    key_tiles = tuple(jnp.swapaxes(_tiled(x, tile_keys), 2, 3) for x in (k, v))
     bases = jnp.arange(key_tiles[0].shape[0], dtype=jnp.int32) * tile_keys
     axes = varying_axes(q, k, v, first, stop)
     tiles = (*key_tiles, vary_over(axes, bases))
@@ -72,12 +75,13 @@ def chunked_attention(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend_rows(row_tile):
         q_tile, first_tile, stop_tile = row_tile
-        q_tile = q_tile.reshape(batch, tile_rows, kv_heads, group, dim)
-        shape = (batch, kv_heads, group, tile_rows)
+        q_tile = jnp.moveaxis(q_tile.reshape(batch, tile_rows, kv_heads, group, dim), 1, 3)
+        q_tile = q_tile.reshape(batch, kv_heads, group * tile_rows, dim)
+        shape = q_tile.shape[:3]
         start = vary_over(
             axes,
             (
-                jnp.zeros((*shape, dim), jnp.float32),
+                jnp.zeros(q_tile.shape, jnp.float32),
                 jnp.full(shape, -jnp.inf, jnp.float32),
                 jnp.zeros(shape, jnp.float32),
             ),
@@ -91,10 +95,11 @@ def chunked_attention(
 
     row_tiles = (_tiled(q, tile_rows), _tiled(first, tile_rows), _tiled(stop, tile_rows))
     out, lse = lax.map(attend_rows, row_tiles)
-    # [tiles, B, K, G, q(, D)] -> [B, S, H, D] and [B, H, S]
-    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, dim)[:, :rows]
-    lse = lse.transpose(1, 2, 3, 0, 4).reshape(batch, heads, -1)[:, :, :rows]
-    return out, lse
+    # [tiles, B, K, G*q(, D)] -> [B, S, H, D] and [B, H, S]
+    count = out.shape[0]
+    out = out.reshape(count, batch, heads, tile_rows, dim).transpose(1, 0, 3, 2, 4)
+    lse = lse.reshape(count, batch, heads, tile_rows).transpose(1, 2, 0, 3)
+    return out.reshape(batch, -1, heads, dim)[:, :rows], lse.reshape(batch, heads, -1)[:, :, :rows]
 
 
 def xla_chunked(call: AttentionCall) -> tuple[jax.Array, jax.Array]:

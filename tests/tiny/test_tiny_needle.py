@@ -12,7 +12,7 @@ import apb_jax
 from apb_jax.errors import UserError
 from apb_jax.needle import needle_prompt
 from apb_jax.tiny import FOLDER
-from apb_jax.tiny.evaluate import Budget, is_correct, items, main, markdown, wilson
+from apb_jax.tiny.evaluate import METHODS, REGISTRY, Budget, is_correct, items, main, markdown, shards_of, wilson
 from apb_jax.tiny.haystack import filler
 from apb_jax.tiny.tokenizer import BOS_ID, Encoder
 
@@ -88,8 +88,22 @@ def test_budgets_are_the_papers_shares_of_a_block() -> None:
 
 
 def test_table() -> None:
-    cells = {"full/vt/512": {"method": "full", "task": "vt", "tokens": 512, "correct": 32, "count": 64}}
-    assert "| vt | 512 | 50 [38, 62] |" in markdown(cells)
+    cells = {
+        "full/vt/512": {"method": "full", "task": "vt", "tokens": 512, "correct": 32, "count": 64},
+        "star/single/512": {"method": "star", "task": "single", "tokens": 512, "correct": 64, "count": 64},
+    }
+    assert markdown(cells).splitlines() == [
+        "| 512 tokens | vt | single |",
+        "|---|---|---|",
+        "| full | 50 [38, 62] |  |",
+        "| star |  | 100 [94, 100] |",
+    ]
+
+
+def test_every_method_of_the_registry_has_a_row() -> None:
+    assert set(METHODS) - {"apb-heads", "apb-query", "apb-random", "anchor-only"} == set(REGISTRY) - {"apb"}
+    assert shards_of("apb-heads", 8) == shards_of("ring", 8) == 8
+    assert shards_of("full", 8) == shards_of("locret", 8) == 1
 
 
 def test_the_packaged_model_finds_needles_in_full_and_through_apb(tokenizer: PreTrainedTokenizerFast) -> None:
