@@ -94,7 +94,7 @@ class Engine:
         programs: Programs | None = None,
         state: Any = None,
     ) -> None:
-        """``bottom_right_query``: the originals' causal quirk of the query phase (attention spec 0.6).
+        """``bottom_right_query``: the originals' causal quirk of the query phase (thunlp/APB's code, not its paper).
 
         ``virtual_shards``: split the document into so many shards on one device (``apb_jax.virtual``).
         ``programs`` and ``state``: those of another engine of the same model and mesh (see ``with_method``).

@@ -53,7 +53,7 @@ class ModelPreset:
     hub_id: str
     template: str
     heads_hub_id: str | None = None
-    source: str = "attention spec 14.1"
+    source: str = "config.json of the hub repository"
 
 
 def _llama(**changes: object) -> ModelConfig:

@@ -1,8 +1,11 @@
 """What a prefill's time is made of: the same run with stages left out, against a matmul ceiling of the same process.
 
     python benchmarks/prefill_stages.py --model llama3.1-8b --seq 128k --sp 8 --out benchmarks/results
+    python benchmarks/prefill_stages.py --seq 128k --sp 8 --whole --kernels mosaic_gpu --against cudnn
 
 Weights are random. Each variant is compiled, run once, then timed ``--repeat`` times; the median is reported.
+``--against`` runs the same prompt on other attention kernels too and compares logits and tokens: sampled ones, at
+temperature 1 with one seed, because random weights make greedy decoding repeat one token.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import apb_jax
-from apb_jax.attention import APB, AttentionMethod, Full, Kernels, MethodSpec
+from apb_jax.attention import APB, AttentionMethod, Full, Kernels, MethodSpec, Prompt
 from apb_jax.compile_cache import use_compile_cache
 from apb_jax.config import parse_length
 from apb_jax.model.config import ModelConfig
-from apb_jax.run import RANDOM_QUERY_TOKENS, peak_bytes, versions
+from apb_jax.run import RANDOM_QUERY_TOKENS, make_receipt, peak_bytes, versions
+from apb_jax.sampling import Sampler
 from apb_jax.screen import size
 
 
@@ -78,7 +82,7 @@ def linear_flops(config: ModelConfig, rows: int) -> float:
 
 
 def attention_flops(config: ModelConfig, method: AttentionMethod, block: int, shard: int) -> float:
-    """Useful FLOPs of all layers on one shard (DESIGN 6)."""
+    """Useful FLOPs of all layers on one shard: 4 D for each query head and visible pair of row and key."""
     anchor = getattr(method, "anchor_tokens", 0) if shard else 0
     passed = shard * getattr(method, "passing_tokens", 0)
     if isinstance(method, Full):
@@ -87,12 +91,43 @@ def attention_flops(config: ModelConfig, method: AttentionMethod, block: int, sh
     return 4.0 * config.num_layers * config.num_heads * config.head_dim * keys
 
 
+def compare(engine: apb_jax.Engine, prompt: Prompt, kernels: str, new_tokens: int, repeat: int) -> dict[str, Any]:
+    """The engine's kernels beside others in one process: prefill seconds, logits, sampled tokens."""
+    others = apb_jax.Engine(
+        engine.model, engine.method, engine.mesh, kernels=Kernels(kernels), template=engine.template, state=engine.state
+    )
+    seconds, sessions, answers = [], [], []
+    for current in (engine, others):
+        runs = [current.prefill([prompt]) for _ in range(repeat + 1)][1:]
+        seconds.append(statistics.median(session.prefill_s for session in runs))
+        sessions.append(runs[-1])
+        answers.append(runs[-1].generate(new_tokens, sampler=Sampler(1.0, 1.0), stop_ids=())[0])
+        del runs
+    found = make_receipt(*sessions, *answers)
+    print(
+        f"against {kernels}: {seconds[0]:.3f} s and {seconds[1]:.3f} s; {len(set(answers[1].tokens))} different tokens "
+        f"of {new_tokens} sampled, {found.greedy_agreement:.0%} the same; first choice of {found.rows} rows "
+        f"{found.top1_agreement:.0%} the same, KL mean {found.kl_mean:.2g} max {found.kl_max:.2g} nats",
+        flush=True,
+    )
+    return {
+        "kernels": kernels,
+        "prefill_s": seconds,
+        "sampled_tokens": [answer.tokens for answer in answers],
+        "sampled_agreement": found.greedy_agreement,
+        "top1_agreement": found.top1_agreement,
+        "kl_mean": found.kl_mean,
+        "kl_max": found.kl_max,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3.1-8b")
     parser.add_argument("--seq", type=parse_length, default=131072)
     parser.add_argument("--sp", type=int, default=None)
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--against", metavar="KERNELS", help="compare logits and tokens with these kernels'")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--whole", action="store_true", help="time the whole prefill only, no variants")
     parser.add_argument("--full", action="store_true", help="time full attention on this mesh instead of APB's stages")
@@ -135,6 +170,8 @@ def main() -> None:
     session.generate(args.new_tokens, stop_ids=())
     (answer,) = session.generate(args.new_tokens, stop_ids=())
     peak, source = peak_bytes(engine)
+    del session
+    against = compare(engine, prompt, args.against, args.new_tokens, args.repeat) if args.against else None
     last = engine.shards - 1
     flops = linear_flops(model.config, local) + attention_flops(model.config, method, layout.block_capacity, last)
     result = {
@@ -156,6 +193,7 @@ def main() -> None:
         "peak_bytes_per_device": peak,
         "memory_source": source,
         "tokens": answer.tokens,
+        "against": against,
         "versions": versions(),
     }
     print(

@@ -50,7 +50,7 @@ def attend_shard(
     """This shard's part, before merging: its cached tokens and, on the last shard, the tail (query and answer so far).
 
     Row i sees tail slots j <= i + tail_offset. ``query_tokens`` switches on the originals' quirk: on the other shards a
-    bottom-right causal mask hides the last m - 1 - i cached tokens from query row i (attention spec 0.6).
+    bottom-right causal mask hides the last m - 1 - i cached tokens from query row i (thunlp/APB's code, not its paper).
     """
     owner = shard.index == shard.count - 1
     offset = None

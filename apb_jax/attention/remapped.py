@@ -1,4 +1,4 @@
-"""Attention in which a key's distance decides which rotation of the query meets it (STRING, attention spec 12)."""
+"""Attention in which a key's distance decides which rotation of the query meets it (STRING, arXiv 2410.18745)."""
 
 from __future__ import annotations
 
