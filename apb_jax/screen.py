@@ -83,6 +83,8 @@ class StageBar:
 def layout_picture(layout: Layout, method: AttentionMethod, mesh: dict[str, int]) -> Panel:
     """Every shard's keys as a bar: what came from earlier shards, the anchor, and its own block."""
     prefix = dict(layout.segments[:-1])
+    if getattr(method, "shared_anchor", False) and prefix:
+        prefix["anchor"] = getattr(method, "anchor_tokens", 0)  # its rows are shared out, its keys are not
     passed = getattr(method, "passing_tokens", 0)
     block = int(layout.block_rows[0])
 

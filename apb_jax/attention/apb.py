@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import Keys, Queries, attend, project
 from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, block_layout
+from apb_jax.attention.shared_anchor import anchor_edge, gather_with_anchor, share_anchor
 from apb_jax.errors import UserError
 from apb_jax.model.layers import LayerInputs
 from apb_jax.model.rope import rope_table
@@ -34,6 +35,8 @@ class APB(AttentionMethod):
 
     ``query_at``: index in the anchor where the query is embedded (behind the chat template's opening). ``scorer``:
     "heads" (trained retaining heads) or "query" (training-free). ``passing_tokens=0`` passes nothing (anchor only).
+    ``shared_anchor``: an exact rewrite of ours. The anchor sees only itself, so each shard computes 1 / N of its rows,
+    and keys and values travel with the selected ones, instead of every shard computing all of it.
     """
 
     anchor_tokens: int
@@ -42,6 +45,7 @@ class APB(AttentionMethod):
     scorer: str = "heads"
     embed_query: bool = True
     pool: int = 5
+    shared_anchor: bool = False
 
     name: ClassVar[str] = "apb"
     can: ClassVar[Capabilities] = Capabilities(
@@ -95,35 +99,53 @@ class APB(AttentionMethod):
             embedded = prompt.embedded_query if self.embed_query else prompt.embedded_query[:0]
             p, rest = self.query_at, self.anchor_tokens - len(embedded)
             anchors.append(np.concatenate([prompt.document[:p], embedded, prompt.document[p:rest]]))
+        if self.shared_anchor:
+            return share_anchor(block_layout(prompts, shards), np.stack(anchors))
         place = np.arange(self.anchor_tokens, dtype=np.int32)
         return block_layout(prompts, shards, prefix=(("anchor", np.stack(anchors), place),))
 
     def anchor_rows(self, shard: Shard) -> int:
         """Anchor rows at the head of every shard's rows; on shard 0 nothing but themselves sees them."""
-        return self.anchor_tokens if shard.count > 1 else 0
+        if shard.count == 1:
+            return 0
+        return -(-self.anchor_tokens // shard.count) if self.shared_anchor else self.anchor_tokens
 
-    def score_limits(self, shard: Shard) -> dict[str, Any]:
-        """Rows that do not exist (shard 0 has no anchor), may not be selected (the document's start), and exist."""
+    def score_limits(self, shard: Shard, lead: int) -> dict[str, Any]:
+        """Limits of scores with ``lead`` anchor rows in front of the block's.
+
+        Rows that do not exist (shard 0 has no anchor), may not be selected (the document's start), and exist.
+        """
         first = shard.index == 0
-        anchor = self.anchor_rows(shard)
-        dead = jnp.where(first, anchor, 0)
-        return {"dead_rows": dead, "masked_rows": dead + anchor, "valid_rows": anchor + shard.block_rows}
+        dead = jnp.where(first, lead, 0)
+        masked = lead + jnp.where(first, self.anchor_tokens if shard.count > 1 else 0, 0)
+        return {"dead_rows": dead, "masked_rows": masked, "valid_rows": lead + shard.block_rows}
 
     def scores(self, x: LayerInputs, k: Float[Array, "B S K D"], shard: Shard) -> Float[Array, "B S K"]:
-        """Pooled and masked scores of all local rows, float32; ``k`` after RoPE."""
-        limits = self.score_limits(shard)
+        """Pooled and masked scores of all local rows, float32; ``k`` after RoPE.
+
+        With a shared anchor, rows of the block alone: of the anchor only the rows that pooling reaches are needed.
+        """
+        anchor = self.anchor_rows(shard)
         if self.scorer == "heads":
             if x.retaining is None:
                 raise UserError("this model has no retaining heads; give --heads FILE or --scorer query")
-            hidden = x.retaining.hidden(x.q, x.k, x.v, x.tp_axis)
-            return retaining_score(None, None, x.retaining.fc2, hidden=hidden, pool=self.pool, **limits)
-        anchor = self.anchor_rows(shard)
-        window = min(WINDOW, anchor - self.query_at)
+            hidden, lead = x.retaining.hidden(x.q, x.k, x.v, x.tp_axis), anchor
+            if self.shared_anchor and anchor:
+                lead = min(self.pool // 2, self.anchor_tokens)
+                edge = anchor_edge(hidden[:, :anchor], self.anchor_tokens, lead, shard)
+                hidden = jnp.concatenate([edge, hidden[:, anchor:]], axis=1)
+            limits = self.score_limits(shard, lead)
+            pooled = retaining_score(None, None, x.retaining.fc2, hidden=hidden, pool=self.pool, **limits)
+            return pooled[:, lead:] if self.shared_anchor else pooled
+        asked = x.q[:, :anchor]
+        if self.shared_anchor:
+            asked = jax.lax.all_gather(asked, shard.axis, axis=1, tiled=True)[:, : self.anchor_tokens]
+        window = min(WINDOW, asked.shape[1] - self.query_at)
         behind = shard.document_tokens + shard.embedded_query_tokens
         places = behind[:, None] - window + jnp.arange(window, dtype=jnp.int32)[None]
         cos, sin = rope_table(x.rope, x.q.shape[-1], places)
         raw = query_scores(
-            x.q[:, :anchor],
+            asked,
             k[:, anchor:],
             query_at=self.query_at,
             query_tokens=shard.embedded_query_tokens,
@@ -131,8 +153,9 @@ class APB(AttentionMethod):
             sin=sin,
             block_rows=shard.block_rows,
         )
-        raw = jnp.pad(raw, ((0, 0), (anchor, 0), (0, 0)))
-        return pool_and_mask(raw, pool=self.pool, **limits)
+        lead = 0 if self.shared_anchor else anchor
+        raw = jnp.pad(raw, ((0, 0), (lead, 0), (0, 0)))  # the anchor's own rows score 0, which no block row is below
+        return pool_and_mask(raw, pool=self.pool, **self.score_limits(shard, lead))
 
     def exchange(
         self, scores: Float[Array, "B S K"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], shard: Shard
@@ -144,21 +167,42 @@ class APB(AttentionMethod):
         """
         index, k_sel, v_sel = select_topk(scores, k, v, self.passing_tokens)
         everything = jax.lax.all_gather(jnp.concatenate([k_sel, v_sel], axis=-1), shard.axis, axis=1, tiled=True)
-        slots = (shard.count - 1) * self.passing_tokens
-        padded = jnp.pad(everything, ((0, 0), (slots, 0), (0, 0), (0, 0)))
-        passing = jax.lax.dynamic_slice_in_dim(padded, shard.index * self.passing_tokens, slots, axis=1)
-        k_passing, v_passing = jnp.split(passing, 2, axis=-1)
+        k_passing, v_passing = jnp.split(self.earlier(everything, shard), 2, axis=-1)
         return index, k_passing, v_passing
+
+    def exchange_with_anchor(
+        self,
+        scores: Float[Array, "B C K"] | None,
+        k: Float[Array, "B S K D"],
+        v: Float[Array, "B S K D"],
+        shard: Shard,
+    ) -> tuple[Int[Array, "B P K"] | None, KeptKV, KeptKV | None]:
+        """The same with a shared anchor, whose keys and values travel along: (selected rows, anchor, passing block)."""
+        rows = self.anchor_rows(shard)
+        both = jnp.concatenate([k, v], axis=-1)
+        index, chosen = None, both[:, :0]
+        if scores is not None:
+            index, *pair = select_topk(scores, k[:, rows:], v[:, rows:], self.passing_tokens)
+            index, chosen = index + rows, jnp.concatenate(pair, axis=-1)
+        anchor, everything = gather_with_anchor(both[:, :rows], chosen, self.anchor_tokens, shard)
+        k_anchor, v_anchor = jnp.split(anchor, 2, axis=-1)
+        if scores is None:
+            return index, (k_anchor, v_anchor), None
+        k_passing, v_passing = jnp.split(self.earlier(everything, shard), 2, axis=-1)
+        return index, (k_anchor, v_anchor), (k_passing, v_passing)
+
+    def earlier(self, everything: Float[Array, "B NP K E"], shard: Shard) -> Float[Array, "B TP K E"]:
+        """Of all shards' selections those of earlier ones, right-aligned behind empty slots."""
+        slots = (shard.count - 1) * self.passing_tokens
+        padded = jnp.pad(everything, ((0, 0), (slots, 0), *[(0, 0)] * (everything.ndim - 2)))
+        return jax.lax.dynamic_slice_in_dim(padded, shard.index * self.passing_tokens, slots, axis=1)
 
     def exchange_positions(
         self, index: Int[Array, "B P K"], positions: Int[Array, "B S"], shard: Shard
     ) -> Int[Array, "B TP K"]:
         """Positions of the passing block's slots (only STRING asks for them); one more ``all_gather``."""
         chosen = jnp.take_along_axis(positions[..., None], index, axis=1)
-        everything = jax.lax.all_gather(chosen, shard.axis, axis=1, tiled=True)
-        slots = (shard.count - 1) * self.passing_tokens
-        padded = jnp.pad(everything, ((0, 0), (slots, 0), (0, 0)))
-        return jax.lax.dynamic_slice_in_dim(padded, shard.index * self.passing_tokens, slots, axis=1)
+        return self.earlier(jax.lax.all_gather(chosen, shard.axis, axis=1, tiled=True), shard)
 
     def attend(
         self,
@@ -169,48 +213,54 @@ class APB(AttentionMethod):
         shard: Shard,
         kernels: Kernels,
         remapped: tuple[Queries, Int[Array, "B TP K"] | None] | None = None,
+        anchor: tuple[Float[Array, "B A K D"], Float[Array, "B A K D"]] | None = None,
     ) -> tuple[Float[Array, "B S H D"], Float[Array, "B H S"]]:
         """(out, lse_nat): anchor rows see the anchor causally, block rows passing + anchor + block (causally).
 
-        ``remapped``: under STRING, the queries with both rotations and the positions of the passing block.
+        ``remapped``: under STRING, the queries with both rotations and the positions of the passing block. ``anchor``:
+        keys and values of the whole anchor where local rows hold a part of it.
         """
-        anchor = self.anchor_rows(shard)
+        local = self.anchor_rows(shard)
+        block = (k[:, local:], v[:, local:])
+        if anchor is None and local:
+            anchor = (k[:, :local], v[:, :local])
         slots = passing[0].shape[1] if passing else 0
-        block = q.shape[1] - anchor
+        whole = anchor[0].shape[1] if anchor else 0
+        rows = q.shape[1] - local
         used = shard.index * self.passing_tokens if slots else 0
-        start = jnp.where(shard.index == 0, slots + anchor, slots - used)
-        rows = [RowSegment(block, start=start, offset=slots + anchor, end=slots + anchor + block)]
-        keys, values = [k[:, anchor:]], [v[:, anchor:]]
+        start = jnp.where(shard.index == 0, slots + whole, slots - used)
+        segments = [RowSegment(rows, start=start, offset=slots + whole, end=slots + whole + rows)]
         if anchor:
-            rows.insert(0, RowSegment(anchor, start=slots, offset=slots, end=slots + anchor))
-            keys.insert(0, k[:, :anchor])
-            values.insert(0, v[:, :anchor])
-        if passing:
-            keys.insert(0, passing[0])
-            values.insert(0, passing[1])
+            first = slots + shard.index * local if self.shared_anchor else slots
+            segments.insert(0, RowSegment(local, start=slots, offset=first, end=slots + whole))
+        ranges = [one for one in (passing, anchor, block) if one]
+        keys, values = tuple(one[0] for one in ranges), tuple(one[1] for one in ranges)
         if remapped is None:
-            return flash_attention(q, tuple(keys), tuple(values), tuple(rows), implementation=kernels.attention)
+            return flash_attention(q, keys, values, tuple(segments), implementation=kernels.attention)
         queries, passed = remapped
         assert queries.positions is not None
-        places = [p for p in (passed, queries.positions[:, :anchor], queries.positions[:, anchor:]) if p is not None]
-        places = [p for p in places if p.shape[1]]
-        ranges = [Keys(*one) for one in zip(keys, values, places, strict=True)]
-        return attend(queries, ranges, rows)
+        places = [passed] if passing else []
+        places += [jnp.broadcast_to(jnp.arange(whole, dtype=jnp.int32), (q.shape[0], whole))] if anchor else []
+        places.append(queries.positions[:, local:])
+        return attend(queries, [Keys(*one) for one in zip(keys, values, places, strict=True)], segments)
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:
         queries, local = project(x)
         q, k = queries.near, local.k
-        passing, places = None, None
+        rows = self.anchor_rows(shard)
+        index, passing, places, anchor, scores = None, None, None, None, None
         if self.passing_tokens and shard.count > 1:
             with jax.named_scope("apb_scores"):
                 scores = self.scores(x, k, shard)
-            with jax.named_scope("apb_exchange"):
+        with jax.named_scope("apb_exchange"):
+            if self.shared_anchor and rows:
+                index, anchor, passing = self.exchange_with_anchor(scores, k, x.v, shard)
+            elif scores is not None:
                 index, *pair = self.exchange(scores, k, x.v, shard)
                 passing = (pair[0], pair[1])
-                if local.positions is not None:
-                    places = self.exchange_positions(index, local.positions, shard)
+            if index is not None and local.positions is not None:
+                places = self.exchange_positions(index, local.positions, shard)
         with jax.named_scope("apb_attention"):
             remapped = None if queries.rope is None else (queries, places)
-            out, _ = self.attend(q, k, x.v, passing, shard, kernels, remapped)
-        anchor = self.anchor_rows(shard)
-        return out, (k[:, anchor:], x.v[:, anchor:])
+            out, _ = self.attend(q, k, x.v, passing, shard, kernels, remapped, anchor)
+        return out, (k[:, rows:], x.v[:, rows:])

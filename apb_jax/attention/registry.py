@@ -65,6 +65,7 @@ def _apb(request: Request, options: dict[str, Any]) -> AttentionMethod:
         passing_tokens=passing,
         query_at=query_at,
         scorer=scorer,
+        shared_anchor=bool(options.get("shared_anchor")),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers import count_collectives, ids, random_model
 import apb_jax
 from apb_jax.attention.base import Layout, Prompt
 from apb_jax.errors import UserError
+from apb_jax.model.string_rope import with_string
 
 DOCUMENT, QUERY = ids(1, 251), ids(2, 9)  # a prime length: no shard count divides it
 
@@ -84,6 +86,38 @@ def test_batch_of_different_lengths_equals_single_requests(model: Any) -> None:
         agree(got, engine.generate(document, query, 5, stop_ids=(), logits=True))
 
 
+@pytest.mark.parametrize(
+    ("sp", "tp", "fields"),
+    [
+        (2, 1, {}),
+        (8, 1, {"anchor_tokens": 13, "passing_tokens": 8}),  # parts of 2 rows, the last ones padding
+        (4, 2, {}),
+        (4, 1, {"passing_tokens": 0}),
+        (4, 1, {"scorer": "query"}),
+        (4, 1, {"anchor_tokens": 17, "pool": 9}),  # pooling reaches over two shards' parts
+    ],
+)
+def test_a_shared_anchor_changes_nothing(model: Any, sp: int, tp: int, fields: dict[str, Any]) -> None:
+    """Each shard computes a part of the anchor: the same attention with fewer rows, up to rounding."""
+    method = apb_jax.APB(**({"anchor_tokens": 24, "passing_tokens": 16, "query_at": 3} | fields))
+    shared = dataclasses.replace(method, shared_anchor=True)
+    agree(answer(model, shared, sp, tp), answer(model, method, sp, tp), 2e-5)
+
+
+def test_a_shared_anchor_in_a_batch_and_under_string(model: Any) -> None:
+    documents = [ids(3, 251), ids(4, 197)]
+    remapped = dataclasses.replace(model, config=with_string(model.config, 60, 8))
+    for loaded in (model, remapped):
+        answers = [
+            engine_on(loaded, 4)
+            .with_method(apb_jax.APB(24, 8, query_at=3, shared_anchor=shared))
+            .generate(documents, [QUERY, QUERY[:5]], 2, stop_ids=(), logits=True)
+            for shared in (True, False)
+        ]
+        for got, wanted in zip(*answers, strict=True):
+            agree(got, wanted, 2e-5)
+
+
 class Garbage(apb_jax.APB):
     """APB whose layout carries other tokens wherever nothing may be read."""
 
@@ -137,6 +171,9 @@ def test_unused_passing_slots_are_never_read(model: Any) -> None:
         (apb_jax.APB(24, 16, query_at=3), {"all_gather": 1}),
         (apb_jax.APB(24, 16, query_at=3, scorer="query"), {"all_gather": 1}),
         (apb_jax.APB(24, 0, query_at=3), {}),
+        # One small psum: the anchor's last rows, which pooling reaches from the block.
+        (apb_jax.APB(24, 16, query_at=3, shared_anchor=True), {"all_gather": 1, "psum": 1}),
+        (apb_jax.APB(24, 0, query_at=3, shared_anchor=True), {"all_gather": 1}),
         (apb_jax.Full(), {"all_gather": 1}),
     ],
 )
