@@ -159,6 +159,7 @@ def main() -> None:
             "without attention": NoAttention(**fields),
             "without scores and exchange": NoExchange(**fields),
             "linear layers only": LinearOnly(**fields),
+            "shared anchor": dataclasses.replace(method, shared_anchor=True),
         }
     times: dict[str, float] = {}
     for name, variant in variants.items():
