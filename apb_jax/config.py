@@ -68,6 +68,7 @@ class RunConfig:
     sp: int | None = None
     tp: int = 1
     virtual_shards: int = 1
+    slice_decode: bool = False
     method: str = "apb"
     options: tuple[tuple[str, Any], ...] = ()
     kernels: str = "auto"
@@ -250,6 +251,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="split the document into N shards on one device (--sp 1)",
+    )
+    group.add_argument(
+        "--slice-decode",
+        action="store_true",
+        help="while answering, every device reads 1/sp of the weights, which the prefill holds whole",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: address of process 0")
     group.add_argument("--processes", type=_number(int, "--processes", 1), metavar="N", help="how many processes")

@@ -22,6 +22,7 @@ from apb_jax.cache import DocumentCache, TailCache
 from apb_jax.checkpoint import LoadedModel
 from apb_jax.errors import UserError
 from apb_jax.mesh import SP, TP, make_mesh
+from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import partition_specs
 from apb_jax.presets import APB_BUDGETS, APB_BUDGETS_OF, TEMPLATES, template_of
 from apb_jax.programs import Lengths, Programs
@@ -91,12 +92,14 @@ class Engine:
         bottom_right_query: bool = False,
         progress: Progress | None = None,
         virtual_shards: int = 1,
+        slice_decode: bool = False,
         programs: Programs | None = None,
         state: Any = None,
     ) -> None:
         """``bottom_right_query``: the originals' causal quirk of the query phase (thunlp/APB's code, not its paper).
 
         ``virtual_shards``: split the document into so many shards on one device (``apb_jax.virtual``).
+        ``slice_decode``: query and decoding steps read 1 / sp of the weights on each device (``model/slices.py``).
         ``programs`` and ``state``: those of another engine of the same model and mesh (see ``with_method``).
         """
         self.model, self.mesh = model, mesh if mesh is not None else make_mesh()
@@ -124,6 +127,7 @@ class Engine:
             mesh=self.mesh,
             kernels=kernels or Kernels(),
             virtual_shards=virtual_shards,
+            slices=weight_slices(model, self.mesh) if slice_decode else None,
         )
         self.listen(progress)
 
@@ -476,6 +480,16 @@ def is_batch(value: Text | Sequence[Text]) -> bool:
 def layer_groups(layers: int) -> int:
     """Into how many equal groups the layers are cut for the progress bar: the largest divisor up to 8."""
     return max(n for n in range(1, 9) if layers % n == 0)
+
+
+def weight_slices(model: LoadedModel, mesh: Mesh) -> WeightSlices | None:
+    """Slices of the weights over the sequence axis of ``mesh``; refuses widths that it does not divide."""
+    count = mesh.shape[SP]
+    reason = WeightSlices.why_not(model.config, count, mesh.shape[TP])
+    if reason is not None:
+        legal = [n for n in range(1, count) if WeightSlices.why_not(model.config, n, mesh.shape[TP]) is None]
+        raise UserError(f"slice_decode: {reason} of {model.name}; nearest legal choice: --sp {legal[-1]}")
+    return WeightSlices(SP, count) if count > 1 else None
 
 
 def check_mesh(model: LoadedModel, mesh: Mesh) -> None:

@@ -25,6 +25,7 @@ from apb_jax.cache import DocumentCache, TailCache
 from apb_jax.mesh import SP, TP
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import LayerInputs
+from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import Transformer
 from apb_jax.sampling import Sampler
 from apb_jax.virtual import on_one_device
@@ -94,6 +95,8 @@ class Programs:
     kernels: Kernels
     virtual_shards: int = 1
     """Shards of the document on each device of ``sp``; above 1 only where that axis has one device."""
+    slices: WeightSlices | None = None
+    """Given where query and decoding steps use the weights as slices over ``sp``."""
     compiled: dict[Any, Any] = field(default_factory=dict)
     compile_s: float = 0.0
     on_compile: Callable[[str], None] | None = None
@@ -255,7 +258,9 @@ class Programs:
             return method.decode(inputs, cached, shard), tail
 
         start = jnp.int32(0)
-        return model.run_layers(model.embed(tokens), positions, attend, tail, start=start, tp_axis=self.tp_axis)
+        return model.run_layers(
+            model.embed(tokens), positions, attend, tail, start=start, tp_axis=self.tp_axis, slices=self.slices
+        )
 
     def query(
         self,
@@ -278,7 +283,7 @@ class Programs:
             )
             if not all_logits:
                 x = jnp.take_along_axis(x, (lengths.query_tokens - 1)[:, None, None], axis=1)
-            return self.model(state).logits(x, self.tp_axis), tail
+            return self.model(state).logits(x, self.tp_axis, self.slices), tail
 
         caches, tails = DocumentCache.specs(), TailCache.specs()
         make = lambda: self.traced(  # noqa: E731
@@ -332,7 +337,7 @@ class Programs:
                     jnp.ones_like(lengths.query_tokens),
                     bottom_right=False,
                 )
-                logits = self.model(state).logits(x, self.tp_axis)[:, 0]
+                logits = self.model(state).logits(x, self.tp_axis, self.slices)[:, 0]
                 key, draw = jax.random.split(key)
                 token = sampler(logits, draw)
                 done = done | jnp.any(token[:, None] == stop[None], axis=1)

@@ -147,6 +147,7 @@ def describe(config: RunConfig, engine: Engine, session: Session, answer: Answer
         "weights": config.weights or "checkpoint",
         "dtype": engine.model.dtype.name,
         "kernels": config.kernels,
+        "slice_decode": config.slice_decode,
         "template": engine.template,
         "mesh": dict(engine.mesh.shape),
         "shards": engine.shards,
@@ -214,6 +215,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
             template=config.template,
             bottom_right_query=config.bottom_right_query,
             virtual_shards=config.virtual_shards,
+            slice_decode=config.slice_decode,
             progress=bar,
         )
         prompt, truth, notes = make_task(config, text, model, engine)

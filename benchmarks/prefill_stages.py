@@ -28,6 +28,7 @@ from apb_jax.attention import APB, AttentionMethod, Full, Kernels, MethodSpec, P
 from apb_jax.compile_cache import use_compile_cache
 from apb_jax.config import parse_length
 from apb_jax.model.config import ModelConfig
+from apb_jax.model.slices import WeightSlices
 from apb_jax.run import RANDOM_QUERY_TOKENS, make_receipt, peak_bytes, versions
 from apb_jax.sampling import Sampler
 from apb_jax.screen import size
@@ -89,6 +90,22 @@ def attention_flops(config: ModelConfig, method: AttentionMethod, block: int, sh
         anchor, passed = 0, shard * block
     keys = anchor**2 / 2 + block * (anchor + passed) + block**2 / 2
     return 4.0 * config.num_layers * config.num_heads * config.head_dim * keys
+
+
+def sliced_decode(engine: apb_jax.Engine, prompt: Prompt, new_tokens: int) -> float | None:
+    """Milliseconds a token where every device reads its part of the weights; None where they do not divide."""
+    shards = engine.mesh.shape["sp"]
+    if shards == 1 or WeightSlices.why_not(engine.model.config, shards, engine.mesh.shape["tp"]):
+        return None
+    sliced = apb_jax.Engine(
+        engine.model, engine.method, engine.mesh, kernels=engine.programs.kernels, template=engine.template,
+        slice_decode=True, state=engine.state,
+    )  # fmt: skip
+    session = sliced.prefill([prompt])
+    session.generate(new_tokens, stop_ids=())
+    (answer,) = session.generate(new_tokens, stop_ids=())
+    print(f"decode with sliced weights {answer.decode_ms_per_token:.2f} ms/token", flush=True)
+    return answer.decode_ms_per_token
 
 
 def compare(engine: apb_jax.Engine, prompt: Prompt, kernels: str, new_tokens: int, repeat: int) -> dict[str, Any]:
@@ -172,6 +189,7 @@ def main() -> None:
     (answer,) = session.generate(args.new_tokens, stop_ids=())
     peak, source = peak_bytes(engine)
     del session
+    sliced = sliced_decode(engine, prompt, args.new_tokens)
     against = compare(engine, prompt, args.against, args.new_tokens, args.repeat) if args.against else None
     last = engine.shards - 1
     flops = linear_flops(model.config, local) + attention_flops(model.config, method, layout.block_capacity, last)
@@ -190,6 +208,7 @@ def main() -> None:
         "last_shard_tflop": flops / 1e12,
         "percent_of_ceiling": 100 * flops / times["all"] / ceiling,
         "query_s": answer.query_s,
+        "sliced_decode_ms_per_token": sliced,
         "decode_ms_per_token": answer.decode_ms_per_token,
         "peak_bytes_per_device": peak,
         "memory_source": source,

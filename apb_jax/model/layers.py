@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.rope import Rope, rotate
+from apb_jax.model.slices import WeightSlices
 from apb_jax.retaining.heads import FoldedRetainingHead, RetainingHead
 
 
@@ -115,18 +116,27 @@ class DecoderLayers(nnx.Module):
         attend: Attend,
         carry: Any,
         tp_axis: str | None,
+        slices: WeightSlices | None = None,
     ) -> tuple[Float[Array, "B S E"], Any]:
-        """One layer on a module whose weights were sliced to that layer; two ``psum`` over ``tp_axis`` if given."""
+        """One layer on a module whose weights were sliced to that layer; two ``psum`` over ``tp_axis`` if given.
+
+        With ``slices`` each device of their axis multiplies its part of every matrix (see ``model/slices.py``).
+        """
+        axes = tuple(axis for axis in (slices.axis if slices else None, tp_axis) if axis)
 
         def heads(y: Float[Array, "B S O"]) -> Float[Array, "B S heads D"]:
             return y.reshape(*y.shape[:2], -1, self.config.head_dim)
 
         def reduce(y: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
-            return jax.lax.psum(y, tp_axis) if tp_axis else y
+            return jax.lax.psum(y, axes) if axes else y
+
+        def part(a: Array, dim: int) -> Array:
+            return slices.part(a, dim) if slices else a
 
         with jax.named_scope("qkv"):
             h = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
-            q, k, v = project(h, self.q[...]), project(h, self.k[...]), project(h, self.v[...])
+            q, k, v = (project(h, part(w[...], 1)) for w in (self.q, self.k, self.v))
+            q, k, v = slices.whole([q, k, v]) if slices else (q, k, v)
             if self.config.qkv_bias:
                 q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         with jax.named_scope("attention"):
@@ -136,9 +146,10 @@ class DecoderLayers(nnx.Module):
             )  # fmt: skip
             out, carry = attend(inputs, carry)
         with jax.named_scope("o_proj"):
-            x = x + reduce(project(out.reshape(*out.shape[:2], -1), self.o[...]))
+            flat = out.reshape(*out.shape[:2], -1)
+            x = x + reduce(project(part(flat, 2), part(self.o[...], 0)))
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-            gated = jax.nn.silu(project(h, self.gate[...])) * project(h, self.up[...])
-            x = x + reduce(project(gated, self.down[...]))
+            gated = jax.nn.silu(project(h, part(self.gate[...], 1))) * project(h, part(self.up[...], 1))
+            x = x + reduce(project(gated, part(self.down[...], 0)))
         return x, carry

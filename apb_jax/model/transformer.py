@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import Attend, DecoderLayers, rms_norm
 from apb_jax.model.rope import rope_table
+from apb_jax.model.slices import WeightSlices
 
 TP_COLUMNS = frozenset({"q", "k", "v", "gate", "up", "q_bias", "k_bias", "v_bias", "fc2"})
 TP_ROWS = frozenset({"o", "down", "fc1_q", "fc1_k", "fc1_v"})
@@ -59,11 +60,13 @@ class Transformer(nnx.Module):
         start: Int[Array, ""] | None = None,
         count: int | None = None,
         tp_axis: str | None = None,
+        slices: WeightSlices | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "B S E"], Any]:
         """``count`` layers from layer ``start`` on (all layers by default); compile time does not grow with depth.
 
-        With ``start`` the weights are indexed inside the loop, so one program serves every group of layers.
+        With ``start`` the weights are indexed inside the loop, so one program serves every group of layers; with
+        ``slices`` each device of their axis reads its part of the weights only.
         """
         graph, weights = nnx.split(self.layers)
         cos, sin = rope_table(self.config.rope, self.config.head_dim, positions)
@@ -72,23 +75,29 @@ class Transformer(nnx.Module):
             layer, sliced = step
             if sliced is None:
                 sliced = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), weights)
-            return nnx.merge(graph, sliced)(state[0], cos, sin, positions, layer, attend, state[1], tp_axis), None
+            module = nnx.merge(graph, sliced)
+            return module(state[0], cos, sin, positions, layer, attend, state[1], tp_axis, slices), None
 
         steps = jnp.arange(count or self.config.num_layers, dtype=jnp.int32)
         xs = (steps, weights) if start is None else (start + steps, None)
         (x, carry), _ = jax.lax.scan(jax.checkpoint(body) if remat else body, (x, carry), xs)
         return x, carry
 
-    def logits(self, x: Float[Array, "B S E"], tp_axis: str | None = None) -> Float[Array, "B S V"]:
-        """Final norm and head, float32; one ``all_gather`` over ``tp_axis`` where the head's columns are split."""
+    def logits(
+        self, x: Float[Array, "B S E"], tp_axis: str | None = None, slices: WeightSlices | None = None
+    ) -> Float[Array, "B S V"]:
+        """Final norm and head, float32; an ``all_gather`` over each axis that the head's columns are split over."""
         x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        if self.config.tie_embeddings:
-            return jnp.einsum(
-                "bse,ve->bsv", x, self.embedding[...], precision=precision, preferred_element_type=jnp.float32
-            )
-        out = jnp.matmul(x, self.head[...], precision=precision, preferred_element_type=jnp.float32)
-        return jax.lax.all_gather(out, tp_axis, axis=2, tiled=True) if tp_axis else out
+        tied = self.config.tie_embeddings
+        head = self.embedding[...] if tied else self.head[...]
+        head = slices.part(head, 0 if tied else 1) if slices else head
+        out = jnp.einsum(
+            "bse,ve->bsv" if tied else "bse,ev->bsv", x, head, precision=precision, preferred_element_type=jnp.float32
+        )
+        for axis in (slices.axis if slices else None, None if tied else tp_axis):
+            out = jax.lax.all_gather(out, axis, axis=2, tiled=True) if axis else out
+        return out
 
 
 def partition_specs(state: nnx.State, tp_axis: str = "tp") -> nnx.State:

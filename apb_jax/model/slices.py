@@ -1,0 +1,53 @@
+"""Decoding on the prefill's mesh: replicated weights used as tensor-parallel slices over the sequence axis.
+
+A decoding step is bound by reading the weights, and every device of the sequence axis holds all of them. If each reads
+only its 1 / N of every matrix, the step costs two more small reductions and one gather a layer, and 1 / N of the bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from apb_jax.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class WeightSlices:
+    """Member i of ``count`` on mesh axis ``axis`` uses slice i of every matrix; call inside ``shard_map``."""
+
+    axis: str
+    count: int
+
+    @staticmethod
+    def why_not(config: ModelConfig, count: int, tp: int = 1) -> str | None:
+        """Which of the model's widths ``count`` devices cannot share evenly; None where they can."""
+        widths = {
+            "query columns": config.num_heads * config.head_dim,
+            "KV columns": config.num_kv_heads * config.head_dim,
+            "FFN columns": config.intermediate_size,
+            "vocabulary entries": config.vocab_size * (tp if config.tie_embeddings else 1),  # tied: not split over tp
+        }
+        for name, width in widths.items():
+            if width // tp % count:
+                return f"{count} devices do not divide the {width // tp} {name}"
+        return None
+
+    def part(self, a: Float[Array, "..."], dim: int) -> Float[Array, "..."]:
+        """This member's slice of dimension ``dim``."""
+        size = a.shape[dim] // self.count
+        return jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index(self.axis) * size, size, dim)
+
+    def whole(self, parts: Sequence[Float[Array, "B S n"]]) -> list[Float[Array, "B S m"]]:
+        """The last dimensions of several arrays put together from all members' slices, by one ``all_gather``."""
+        ends = [0]
+        for part in parts:
+            ends.append(ends[-1] + part.shape[-1])
+        everything = jax.lax.all_gather(jnp.concatenate(parts, axis=-1), self.axis, axis=2)  # [B, S, N, sum of n]
+        pieces = [everything[..., a:b] for a, b in itertools.pairwise(ends)]
+        return [piece.reshape(*piece.shape[:2], -1) for piece in pieces]
