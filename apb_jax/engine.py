@@ -234,6 +234,8 @@ class Engine:
                 budgets=APB_BUDGETS_OF.get(self.model.name, APB_BUDGETS),
             )
             method = method.build(request)
+        elif isinstance(method, APB) and method.query_at is None:
+            method = replace(method, query_at=self.codec.query_at if self.codec else 0)
         if self.virtual_shards > 1 and getattr(method, "ring_shards", 1) > 1:
             raise UserError(
                 f"ulysses on {self.shards} shards exchanges heads within groups of devices, which virtual shards lack; "
@@ -488,7 +490,7 @@ def weight_slices(model: LoadedModel, mesh: Mesh) -> WeightSlices | None:
     reason = WeightSlices.why_not(model.config, count, mesh.shape[TP])
     if reason is not None:
         legal = [n for n in range(1, count) if WeightSlices.why_not(model.config, n, mesh.shape[TP]) is None]
-        raise UserError(f"slice_decode: {reason} of {model.name}; nearest legal choice: --sp {legal[-1]}")
+        raise UserError(f"--slice-decode: {reason} of {model.name}; nearest legal choice: --sp {legal[-1]}")
     return WeightSlices(SP, count) if count > 1 else None
 
 

@@ -33,15 +33,16 @@ SCORERS = ("heads", "query")
 class APB(AttentionMethod):
     """APB with an anchor of ``anchor_tokens`` (query included) and ``passing_tokens`` per shard and KV head.
 
-    ``query_at``: index in the anchor where the query is embedded (behind the chat template's opening). ``scorer``:
-    "heads" (trained retaining heads) or "query" (training-free). ``passing_tokens=0`` passes nothing (anchor only).
+    ``query_at``: index in the anchor where the query is embedded; None: behind the chat template's opening, which the
+    engine knows (0 without one). ``scorer``: "heads" (trained retaining heads) or "query" (training-free).
+    ``passing_tokens=0`` passes nothing (anchor only).
     ``shared_anchor``: an exact rewrite of ours. The anchor sees only itself, so each shard computes 1 / N of its rows,
     and keys and values travel with the selected ones, instead of every shard computing all of it.
     """
 
     anchor_tokens: int
     passing_tokens: int
-    query_at: int = 16
+    query_at: int | None = None
     scorer: str = "heads"
     embed_query: bool = True
     pool: int = 5
@@ -58,12 +59,17 @@ class APB(AttentionMethod):
 
     def __post_init__(self) -> None:
         for field in ("anchor_tokens", "passing_tokens", "query_at"):
-            if getattr(self, field) < 0:
+            if (getattr(self, field) or 0) < 0:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be 0 or more")
         if self.scorer not in SCORERS:
             raise UserError(f"scorer {self.scorer!r} is unknown; choose one of {', '.join(SCORERS)}")
         if self.pool < 1 or self.pool % 2 == 0:
             raise UserError(f"pool is {self.pool}; it must be an odd number of rows (the paper's code: 5)")
+
+    @property
+    def place(self) -> int:
+        """Index of the embedded query in the anchor."""
+        return self.query_at or 0
 
     def why_not(self, prompts: list[Prompt], shards: int) -> str | None:
         if shards == 1:
@@ -80,10 +86,10 @@ class APB(AttentionMethod):
                     f"shard 0 may pass only what lies behind the anchor, {max(0, block - self.anchor_tokens)} tokens "
                     f"of its block of {block}; asked for {self.passing_tokens}"
                 )
-            if self.anchor_tokens and embedded + self.query_at > self.anchor_tokens:
+            if self.anchor_tokens and embedded + self.place > self.anchor_tokens:
                 return (
                     f"an anchor of {self.anchor_tokens} tokens cannot hold a query of {embedded} tokens at index "
-                    f"{self.query_at}"
+                    f"{self.place}"
                 )
             if self.anchor_tokens - embedded > n:
                 return f"an anchor of {self.anchor_tokens} tokens is longer than the document of {n}"
@@ -97,7 +103,7 @@ class APB(AttentionMethod):
         anchors = []
         for prompt in prompts:
             embedded = prompt.embedded_query if self.embed_query else prompt.embedded_query[:0]
-            p, rest = self.query_at, self.anchor_tokens - len(embedded)
+            p, rest = self.place, self.anchor_tokens - len(embedded)
             anchors.append(np.concatenate([prompt.document[:p], embedded, prompt.document[p:rest]]))
         if self.shared_anchor:
             return share_anchor(block_layout(prompts, shards), np.stack(anchors))
@@ -140,14 +146,14 @@ class APB(AttentionMethod):
         asked = x.q[:, :anchor]
         if self.shared_anchor:
             asked = jax.lax.all_gather(asked, shard.axis, axis=1, tiled=True)[:, : self.anchor_tokens]
-        window = min(WINDOW, asked.shape[1] - self.query_at)
+        window = min(WINDOW, asked.shape[1] - self.place)
         behind = shard.document_tokens + shard.embedded_query_tokens
         places = behind[:, None] - window + jnp.arange(window, dtype=jnp.int32)[None]
         cos, sin = rope_table(x.rope, x.q.shape[-1], places)
         raw = query_scores(
             asked,
             k[:, anchor:],
-            query_at=self.query_at,
+            query_at=self.place,
             query_tokens=shard.embedded_query_tokens,
             cos=cos,
             sin=sin,

@@ -82,7 +82,7 @@ def record_prefill(case: Case) -> tuple[list[dict[str, np.ndarray]], np.ndarray,
 
     def body(state: Any, tokens: Any, positions: Any, lengths: Lengths) -> Any:
         shard, model = lengths.shard(case.hosts), engine.programs.model(state)
-        limits = method.score_limits(shard)
+        limits = method.score_limits(shard, method.anchor_rows(shard))
 
         def attend(x: Any, _: Any) -> Any:
             q, k = x.rotated()

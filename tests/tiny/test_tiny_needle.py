@@ -108,12 +108,13 @@ def test_every_method_of_the_registry_has_a_row() -> None:
 
 def test_the_packaged_model_finds_needles_in_full_and_through_apb(tokenizer: PreTrainedTokenizerFast) -> None:
     model = apb_jax.load("tiny")
-    apb = apb_jax.APB(anchor_tokens=128, passing_tokens=32, query_at=1)
+    apb = apb_jax.APB(anchor_tokens=128, passing_tokens=32)
     for method, shards in ((apb_jax.Full(), 1), (apb, 4)):
         engine = apb_jax.Engine(model, method=method, mesh=apb_jax.make_mesh(sp=shards))
         prompts = [needle_prompt(tokenizer, 1000, ("8316942", "570931826")[i], 0.3 + 0.4 * i, i) for i in range(2)]
         answers = engine.generate([p.document for p in prompts], [p.query for p in prompts], max_new_tokens=14)
         assert [a.method.name for a in answers] == [method.name] * 2
+        assert getattr(answers[0].method, "query_at", 1) == 1  # behind the begin-of-text token, as the template says
         assert [a.text.strip(" .") for a in answers] == [p.answer for p in prompts]
 
 
