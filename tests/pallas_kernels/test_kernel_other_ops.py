@@ -206,6 +206,39 @@ def test_block_sparse(implementation, aligned, columns):
     assert error(lse[0], want_lse) < 1e-5
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("implementation", PORTABLE)
+@pytest.mark.parametrize("keys", [5, 61])
+def test_block_sparse_windows_that_stick_out(implementation, keys, monkeypatch):
+    """Windows before the first key and past the last, longer than all keys; unread keys hold NaN; several steps."""
+    monkeypatch.setattr("pallas_kernels.block_sparse_attention.xla.STEP_KEYS", 16)
+    rng = np.random.default_rng(3)
+    batch, rows, heads, block_q, block_k = 2, 21, 2, 8, 8
+    starts = np.asarray([-5, keys - 2, 12, 30, -20, keys + 9], np.int32)
+    tiles = KeyTiles(
+        jnp.broadcast_to(jnp.asarray(starts), (batch, heads, 3, len(starts))),
+        jnp.asarray(rng.integers(0, len(starts) + 1, (batch, heads, 3)), jnp.int32),
+    )
+    q = rng.standard_normal((batch, rows, heads, 16)).astype(np.float32)
+    k, v = rng.standard_normal((2, batch, keys, 1, 16)).astype(np.float32)
+    offset = np.asarray([40, 3])
+    granted = np.zeros((batch, heads, rows, keys), bool)
+    for b, h, i in np.ndindex(batch, heads, rows):
+        for start in starts[: int(tiles.counts[b, h, i // block_q])]:
+            granted[b, h, i, max(0, start) : max(0, start + block_k)] = True
+        granted[b, h, i, max(0, i + offset[b] + 1) :] = False
+    scores = np.einsum("bshd,btd->bhst", q, k[:, :, 0]) / 4.0
+    weights = np.where(granted, np.exp(scores), 0)
+    total = weights.sum(axis=-1)
+    want = np.einsum("bhst,btd->bshd", weights / np.where(total, total, 1)[..., None], v[:, :, 0])
+    unread = ~granted.any(axis=(1, 2))
+    k[unread], v[unread] = np.nan, np.nan
+    run = functools.partial(block_sparse_attention, block_q=block_q, block_k=block_k, implementation=implementation)
+    out, lse = jax.jit(run)(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), tiles, causal_offset=jnp.asarray(offset))
+    assert error(out, want) < 1e-5
+    np.testing.assert_array_equal(np.isneginf(lse), total == 0)
+
+
 def test_block_sparse_in_shard_map():
     rng = np.random.default_rng(0)
     tiles = random_tiles(rng, 2, 16, 24, 8, 6, True, True)
