@@ -91,6 +91,8 @@ BAD = [
     ([*MODEL, "--compare", "fulll"], "did you mean 'full'?"),
     ([*MODEL, "--save", "{book.txt}"], "is a file; give a folder"),
     (["--model", "{bare}", "--fold-heads"], "has no retaining heads to fold"),
+    ([*MODEL, "--set", "shared_anchor=no"], "shared_anchor is 'no'; it must be true or false"),
+    ([*MODEL, "--set", "pool=4"], "pool is 4; it must be an odd number of rows"),
     ([*MODEL, "--set", "zigzag"], "--set 'zigzag' is not of the form FIELD=VALUE"),
     ([*MODEL, "--method", "ring", "--set", "zigzags=true"], "method 'ring' has no option 'zigzags'"),
     ([*MODEL, "--method", "streaming", "--sp", "2"], "runs on one shard, here are 2; nearest legal choice: --sp 1"),

@@ -61,6 +61,9 @@ class APB(AttentionMethod):
         for field in ("anchor_tokens", "passing_tokens", "query_at"):
             if (getattr(self, field) or 0) < 0:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be 0 or more")
+        for field in ("embed_query", "shared_anchor"):
+            if not isinstance(getattr(self, field), bool):
+                raise UserError(f"{field} is {getattr(self, field)!r}; it must be true or false")
         if self.scorer not in SCORERS:
             raise UserError(f"scorer {self.scorer!r} is unknown; choose one of {', '.join(SCORERS)}")
         if self.pool < 1 or self.pool % 2 == 0:

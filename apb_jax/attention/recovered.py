@@ -9,6 +9,7 @@ start, and with the query in it may weigh more than that.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,14 +101,15 @@ def layer_shares(
     seen = method.prefill(replace(x, v=probe, retaining=head), shard, kernels)[0]
     weight = seen[batch, rows, :, channel].astype(jnp.float32)  # [B, R, H]
 
-    q, k = (y[batch, rows].astype(jnp.float32) for y in x.rotated())  # [B, R, H, D], [B, R, K, D]
-    group = q.shape[2] // k.shape[2]
-    q = q.reshape(*q.shape[:2], k.shape[2], group, q.shape[3]) * q.shape[3] ** -0.5
-    own = jnp.einsum("brkgd,brkd->brkg", q, k, precision="highest")
+    product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+    q, k = (y[batch, rows] for y in x.rotated())  # [B, R, H, D], [B, R, K, D]
+    scale = jnp.float32(q.shape[3] ** -0.5)
+    q = q.reshape(*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[3])
+    own = product("brkgd,brkd->brkg", q, k) * scale
     gather = lambda y: jax.lax.all_gather(y, shard.axis, axis=1, tiled=True)  # noqa: E731
     exists = jnp.arange(k_kept.shape[1], dtype=jnp.int32) < kept[:, None]
     keys, places = gather(k_kept), gather(jnp.where(exists, kept_positions, jnp.iinfo(jnp.int32).max))
-    scores = jnp.einsum("brkgd,bckd->brkgc", q, keys.astype(jnp.float32), precision="highest")
+    scores = product("brkgd,bckd->brkgc", q, keys) * scale
     position = jnp.take_along_axis(x.positions, rows, axis=1)
     visible = places[:, None] <= position[..., None]  # [B, R, C]
     scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)

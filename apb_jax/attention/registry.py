@@ -60,13 +60,8 @@ def _apb(request: Request, options: dict[str, Any]) -> AttentionMethod:
     if passing is None:
         passing = max(0, min(row.passing_tokens, block - anchor))
     scorer = options.get("scorer") or ("heads" if request.has_heads else "query")
-    return APB(
-        anchor_tokens=anchor,
-        passing_tokens=passing,
-        query_at=query_at,
-        scorer=scorer,
-        shared_anchor=bool(options.get("shared_anchor")),
-    )
+    decided = {"anchor_tokens": anchor, "passing_tokens": passing, "query_at": query_at, "scorer": scorer}
+    return APB(**(options | decided))
 
 
 def _given(method: type[AttentionMethod]) -> Callable[[Request, dict[str, Any]], AttentionMethod]:

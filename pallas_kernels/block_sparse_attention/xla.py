@@ -14,9 +14,8 @@ from pallas_kernels.block_sparse_attention.call import BlockSparseCall
 from pallas_kernels.compat import vary_over, varying_axes
 
 STEP_KEYS = 512
-TILES = {"cpu": 4}
-"""Query tiles of one head in flight, by platform; elsewhere enough to fill a GPU."""
-TILES_ELSEWHERE = 128
+TILES, TILES_CPU = 128, 4
+"""Query tiles of one head in flight: enough to fill a GPU; on a CPU few, so that they stay in its caches."""
 
 
 def _update(carry, q, k, v, visible, scale):
@@ -97,7 +96,7 @@ def xla(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:
     keys, kv_heads = call.k.shape[1:3]
     block_q, block_k, tiles = call.block_q, call.block_k, call.tiles
     count = -(-rows // block_q)
-    together = min(TILES.get(jax.default_backend(), TILES_ELSEWHERE), count)
+    together = min(TILES_CPU if jax.default_backend() == "cpu" else TILES, count)
     axes = varying_axes(call.q)
 
     def flat(array, room):
