@@ -118,6 +118,8 @@ class Engine:
                 f"virtual_shards is {virtual_shards} on {self.mesh.size} devices; more than 1 needs one device"
             )
         self.check_method(batch=1)
+        sizes = self.mesh.shape
+        slices = WeightSlices.over(model.config, SP, sizes[SP], sizes[TP]) if slice_decode else None
         graph = model.graph()
         self.state = state if state is not None else self._place(model)
         self.programs = programs or Programs(
@@ -127,7 +129,7 @@ class Engine:
             mesh=self.mesh,
             kernels=kernels or Kernels(),
             virtual_shards=virtual_shards,
-            slices=weight_slices(model, self.mesh) if slice_decode else None,
+            slices=slices,
         )
         self.listen(progress)
 
@@ -482,16 +484,6 @@ def is_batch(value: Text | Sequence[Text]) -> bool:
 def layer_groups(layers: int) -> int:
     """Into how many equal groups the layers are cut for the progress bar: the largest divisor up to 8."""
     return max(n for n in range(1, 9) if layers % n == 0)
-
-
-def weight_slices(model: LoadedModel, mesh: Mesh) -> WeightSlices | None:
-    """Slices of the weights over the sequence axis of ``mesh``; refuses widths that it does not divide."""
-    count = mesh.shape[SP]
-    reason = WeightSlices.why_not(model.config, count, mesh.shape[TP])
-    if reason is not None:
-        legal = [n for n in range(1, count) if WeightSlices.why_not(model.config, n, mesh.shape[TP]) is None]
-        raise UserError(f"--slice-decode: {reason} of {model.name}; nearest legal choice: --sp {legal[-1]}")
-    return WeightSlices(SP, count) if count > 1 else None
 
 
 def check_mesh(model: LoadedModel, mesh: Mesh) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
 
 
@@ -37,6 +38,15 @@ class WeightSlices:
             if width // tp % count:
                 return f"{count} devices do not divide the {width // tp} {name}"
         return None
+
+    @classmethod
+    def over(cls, config: ModelConfig, axis: str, count: int, tp: int = 1) -> WeightSlices | None:
+        """Slices for ``count`` devices on ``axis``, None for one; UserError for widths that they cannot share."""
+        reason = cls.why_not(config, count, tp)
+        if reason is not None:
+            legal = next(n for n in range(count - 1, 0, -1) if cls.why_not(config, n, tp) is None)
+            raise UserError(f"--slice-decode: {reason} of the model; nearest legal choice: --sp {legal}")
+        return cls(axis, count) if count > 1 else None
 
     def part(self, a: Float[Array, "..."], dim: int) -> Float[Array, "..."]:
         """This member's slice of dimension ``dim``."""
