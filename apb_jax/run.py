@@ -22,7 +22,7 @@ from apb_jax.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apb_jax.attention import MethodSpec, Prompt
+    from apb_jax.attention import Prompt
     from apb_jax.checkpoint import LoadedModel
     from apb_jax.engine import Answer, Engine, Session
     from apb_jax.receipt import Receipt
@@ -179,6 +179,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax import screen
     from apb_jax.attention import Kernels, MethodSpec
     from apb_jax.attention.traffic import layer_traffic
+    from apb_jax.beside import Beside
     from apb_jax.checkpoint import load
     from apb_jax.compile_cache import use_compile_cache
     from apb_jax.engine import Engine
@@ -219,7 +220,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
             progress=bar,
         )
         prompt, truth, notes = make_task(config, text, model, engine)
-    engines = [engine, *(beside(engine, spec) for spec in others)]  # refuses what cannot run before anything runs
+    engines = [engine, *map(Beside(engine).of, others)]  # refuses what cannot run before anything runs
     for current in engines:
         current.choose([prompt])
     if engine.shards == 1 and not engine.can.exact and engine.can.max_shards != 1:
@@ -268,17 +269,6 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         save_result(Path(config.save), result)
         console.print(f"saved: {config.save}/run.json and run.md", highlight=False, markup=False)
     return result
-
-
-def beside(engine: Engine, spec: MethodSpec) -> Engine:
-    """An engine of another method on the same input: on the same mesh, or on one device where that is all it can."""
-    from apb_jax.attention.registry import METHODS
-    from apb_jax.engine import Engine
-    from apb_jax.mesh import make_mesh
-
-    if METHODS[spec.name][0].can.max_shards == 1 and engine.shards > 1:
-        return Engine(engine.model, spec, make_mesh(1), kernels=engine.programs.kernels, template=engine.template)
-    return engine.with_method(spec)
 
 
 def decide_method(config: RunConfig, model: LoadedModel) -> tuple[str, int, str]:

@@ -145,6 +145,7 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     if not has_accelerator():
         simulate_devices((spec.sp or (1 if spec.virtual_shards > 1 else SIMULATED)) * spec.tp)
     from apb_jax.attention.registry import MethodSpec
+    from apb_jax.beside import Beside
     from apb_jax.checkpoint import load
     from apb_jax.compile_cache import use_compile_cache
     from apb_jax.engine import Engine
@@ -155,8 +156,8 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     model = load(spec.model, weights=spec.weights, heads=spec.heads, dtype=spec.dtype)
     if model.tokenizer is None:
         raise UserError(f"model {spec.model!r} has no tokenizer; benchmarks need one")
-    first = Engine(model, methods[spec.methods[0]], mesh, template="base", virtual_shards=spec.virtual_shards)
-    return lambda name: EngineSystem(first.with_method(methods[name]), spec, name)
+    engines = Beside(Engine(model, "full", mesh, template="base", virtual_shards=spec.virtual_shards))
+    return lambda name: EngineSystem(engines.of(methods[name]), spec, name)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -116,13 +116,15 @@ def draw(
     units: int,
     *,
     shrink: int,
+    smallest: int = 1,
     finish: Callable[[Draft], Draft] = lambda draft: draft,
     finish_before_check: bool = False,
     attempts: int = 200,
 ) -> tuple[Draft, int]:
     """One sample that fits: ``(draft, tokens of prompt plus answer)``; every retry draws new random values.
 
-    The originals retry for ever; this gives up with an EvalError.
+    The originals retry for ever; this gives up with an EvalError. They also shrink a list of 14 words, ten of
+    them common, to four; this stops at ``smallest`` units.
     """
     length, used, at_smallest = 0, units, 0
     for _ in range(attempts):
@@ -134,8 +136,8 @@ def draw(
             length = budget.count(draft.prompt) + maker.overhead_tokens + budget.new_tokens
         if length <= budget.length:
             return (draft if finish_before_check else finish(draft)), length
-        if shrink and used > shrink:
-            used -= shrink
+        if shrink and used > max(shrink, smallest):
+            used = max(used - shrink, smallest)
         else:
             at_smallest += 1
             if at_smallest > 20:

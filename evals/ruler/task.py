@@ -259,9 +259,19 @@ class RulerTask:
             maker = QaMaker(self._form(), draws, questions, copies=copies, repeats=variant.repeats_texts)
         # Sized with the first question, as in the published programs; the exact variant corrects each sample.
         units = self._size(maker, smallest=1, probe=None, upper=maker.cap or 0)
-        for question in range(self.samples):
-            maker.question = question
-            yield self._draw(maker, units, 1)
+        made = 0
+        for maker.question in range(len(questions.questions)):
+            if made == self.samples:
+                return
+            try:
+                sample = self._draw(maker, units, 1)
+            except EvalError:
+                # Only where a part of a document fills the length may a question be too long for it: the next one.
+                if not variant.qa_fills_with_part or maker.question + 1 == len(questions.questions):
+                    raise
+                continue
+            made += 1
+            yield sample
 
     def _fwe(self, draws: Draws) -> Iterator[tuple[Draft, int]]:
         variant = self._variant
@@ -282,7 +292,7 @@ class RulerTask:
     def _draw(self, maker: sizing.Maker, units: int, smallest: int) -> tuple[Draft, int]:
         if self._variant.sizing == "fit":
             return sizing.draw_filled(maker, self._budget(), units, smallest=smallest)
-        return sizing.draw(maker, self._budget(), units, shrink=maker.step)
+        return sizing.draw(maker, self._budget(), units, shrink=maker.step, smallest=smallest)
 
     def _size(self, maker: sizing.Maker, *, smallest: int, probe: int | None, upper: int) -> int:
         budget = self._budget()

@@ -1,7 +1,8 @@
 """Row-interval attention for Hopper in Pallas Mosaic GPU (wgmma, TMA, warp specialisation).
 
 One block of threads works on 128 query rows of one head: a memory warpgroup streams key and value tiles
-into a ring of shared-memory stages, two compute warpgroups own 64 rows each. docs/kernels.md has the drawing.
+into a ring of shared-memory stages, two compute warpgroups own 64 rows each. Two such blocks of neighbouring query
+heads of one KV head form a cluster and share every copy of keys and values. docs/kernels.md has the drawing.
 The organisation follows FlashAttention-3 (arXiv 2407.08608).
 """
 
@@ -31,10 +32,14 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """``block_keys`` keys a step (a multiple of 64), ``stages`` steps in shared memory."""
+    """``block_keys`` keys a step (a multiple of 64), ``stages`` steps in shared memory.
+
+    ``cluster``: query heads of one KV head that share each copy; 1 where it does not divide their number.
+    """
 
     block_keys: int = 128
     stages: int = 2
+    cluster: int = 2
 
 
 def refuse(call: AttentionCall, device: Device) -> str | None:
@@ -111,6 +116,8 @@ def _kernel(q_ref, k_refs, v_refs, table, out_ref, lse_ref, scratch, *, config, 
     (q_smem, k_smem, v_smem, lse_smem), (q_ready, k_ready, v_ready), (k_free, v_free) = scratch
     block_keys, stages = config.block_keys, config.stages
     head, block, batch = (lax.axis_index(name) for name in ("heads", "blocks", "batch"))
+    if config.cluster > 1:
+        head = head * config.cluster + lax.axis_index("cluster")
     me = lax.axis_index("groups")
     schedule = _read_schedule(table, block, batch, len(lengths), block_keys)
     steps = schedule.steps
@@ -129,6 +136,7 @@ def _kernel(q_ref, k_refs, v_refs, table, out_ref, lse_ref, scratch, *, config, 
         q_mine = q_smem.at[me]
         plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, GROUP_ROWS), head], q_mine, q_ready.at[me])
         plgpu.barrier_wait(q_ready.at[me])
+        query = load_smem(q_mine, plgpu.Layout.WGMMA)  # read once, not in every product: saves power
 
         per_row = plgpu.Layout.WGMMA.reduce(1)
         peak = plgpu.layout_cast(jnp.full((GROUP_ROWS,), -jnp.inf, jnp.float32), per_row)
@@ -176,7 +184,7 @@ def _kernel(q_ref, k_refs, v_refs, table, out_ref, lse_ref, scratch, *, config, 
             return acc * lax.broadcast_in_dim(decay, acc.shape, [0])
 
         def first_tile(scores_ref):
-            plgpu.wgmma(scores_ref, q_mine, transpose_smem(k_smem.at[0]))
+            plgpu.wgmma(scores_ref, query, transpose_smem(k_smem.at[0]))
             return scores_ref[...]
 
         def last_tile(acc_ref, p16, slot):
@@ -197,7 +205,7 @@ def _kernel(q_ref, k_refs, v_refs, table, out_ref, lse_ref, scratch, *, config, 
             def products(refs):
                 scores_ref, acc_ref, peak_ref, total_ref, p_ref, decay_ref = refs
                 plgpu.wgmma(acc_ref, p16, v_smem.at[slot_before])
-                plgpu.wgmma(scores_ref, q_mine, transpose_smem(k_smem.at[slot]))
+                plgpu.wgmma(scores_ref, query, transpose_smem(k_smem.at[slot]))
                 scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=0)
                 plgpu.barrier_arrive(v_free.at[slot_before])
                 plgpu.barrier_arrive(k_free.at[slot])
@@ -245,18 +253,38 @@ def _kernel(q_ref, k_refs, v_refs, table, out_ref, lse_ref, scratch, *, config, 
         plgpu.set_max_registers(24, action="decrease")
         kv_head = lax.div(head, jnp.int32(group))
 
-        @pl.loop(0, steps)
-        def _(step):
-            slot = stage(step)
-            source, key = schedule.place(step)
-            for free, refs, tiles, ready in ((k_free, k_refs, k_smem, k_ready), (v_free, v_refs, v_smem, v_ready)):
-                pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-                for number, ref in enumerate(refs):
+        shared = {"collective_axes": "cluster"} if config.cluster > 1 else {}
 
-                    @pl.when(source == number)
-                    def _(ref=ref, tiles=tiles, ready=ready):
-                        window = ref.at[batch, pl.ds(key, block_keys), kv_head]
-                        plgpu.copy_gmem_to_smem(window, tiles.at[slot], ready.at[slot])
+        def refill(step, free):
+            """Wait until the readers of the stage (those of the whole cluster) are done with the step before."""
+            pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[stage(step)]))
+
+        done = jnp.int32(0)
+        for masked in (False, True):  # the order of _Schedule.place, without a search in every step
+            for part, k_ref, v_ref in zip(schedule.ranges, k_refs, v_refs, strict=True):
+                count = part.tiles - part.full if masked else part.full
+
+                def load(tile, _, part=part, k_ref=k_ref, v_ref=v_ref, masked=masked, done=done):
+                    step = done + tile
+                    slot = stage(step)
+                    skipped = jnp.where(tile < part.head, 0, part.full) if masked else part.head
+                    keys = pl.ds(part.first + (tile + skipped) * block_keys, block_keys)
+                    refill(step, k_free)
+                    window = k_ref.at[batch, keys, kv_head]
+                    plgpu.copy_gmem_to_smem(window, k_smem.at[slot], k_ready.at[slot], **shared)
+                    refill(step, v_free)
+                    window = v_ref.at[batch, keys, kv_head]
+                    plgpu.copy_gmem_to_smem(window, v_smem.at[slot], v_ready.at[slot], **shared)
+                    return _
+
+                lax.fori_loop(0, count, load, jnp.int32(0))
+                done = done + count
+        if config.cluster > 1:  # nobody leaves while another block may still arrive at its barriers
+
+            @pl.loop(steps, steps + stages)
+            def _(step):
+                refill(step, k_free)
+                refill(step, v_free)
 
 
 def _pad_keys(ranges):
@@ -268,6 +296,8 @@ def _pad_keys(ranges):
 
 def forward(call: AttentionCall, config: Config) -> tuple[jax.Array, jax.Array]:
     """out [B, S, H, D] in q's dtype and lse_nat float32 [B, H, S]; not differentiable."""
+    if (call.heads // call.kv_heads) % config.cluster:
+        config = dataclasses.replace(config, cluster=1)
     q = work.pad_segments(call.q, call.rows)
     batch, rows, heads, dim = q.shape
     lengths = tuple(key.shape[1] for key in call.k)
@@ -277,7 +307,9 @@ def forward(call: AttentionCall, config: Config) -> tuple[jax.Array, jax.Array]:
     kv_scratch = plgpu.SMEM((config.stages, config.block_keys, dim), q.dtype, transforms=tiled)
     lse_scratch = plgpu.SMEM((COMPUTE_GROUPS, GROUP_ROWS), jnp.float32)
     ready = plgpu.Barrier(num_barriers=config.stages)
-    free = plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=config.stages)
+    clustered = config.cluster > 1
+    kind = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",)) if clustered else plgpu.Barrier
+    free = kind(num_arrivals=COMPUTE_GROUPS, num_barriers=config.stages)
     ranges = len(call.k)
     group = heads // call.kv_heads
 
@@ -302,8 +334,10 @@ def forward(call: AttentionCall, config: Config) -> tuple[jax.Array, jax.Array]:
     out, lse = plgpu.kernel(
         entry,
         out_type=(array_type(q.shape, q.dtype, q), array_type((batch, heads, rows), jnp.float32, q)),
-        grid=(heads, table.shape[1], batch),
+        grid=(heads // config.cluster, table.shape[1], batch),
         grid_names=("heads", "blocks", "batch"),
+        cluster=(config.cluster,) if clustered else (),
+        cluster_names=("cluster",) if clustered else (),
         num_threads=COMPUTE_GROUPS + 1,
         thread_name="groups",
         compiler_params=plgpu.CompilerParams(

@@ -19,7 +19,7 @@ from pallas_kernels.device import Device
 from pallas_kernels.select.call import SelectCall
 
 MOST_ROWS = 32768  # one program holds them all in registers, and two 16-bit counts share a word
-BLOCK = 128
+PLACE_ROWS, PLACE_CHUNK = 64, 1024  # rows that a program of the second kernel places, and compares them with at once
 LOWEST = np.int32(-(2**31))
 
 
@@ -67,13 +67,13 @@ def _choose_rows(scores_ref, order_ref, index_ref, *, rows, count, width):
 
 def _place_rows(order_ref, index_ref, k_ref, v_ref, out_index_ref, k_out_ref, v_out_ref, *, count, dim):
     batch, head = pl.program_id(0), pl.program_id(1)
-    mine = pl.program_id(2) * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
+    mine = pl.program_id(2) * PLACE_ROWS + jnp.arange(PLACE_ROWS, dtype=jnp.int32)
     exists = mine < count
     order = plt.load(order_ref.at[batch, head, mine], mask=exists, other=LOWEST)
     index = plt.load(index_ref.at[batch, head, mine], mask=exists, other=0)
 
     def count_better(block, rank):
-        others = block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
+        others = block * PLACE_CHUNK + jnp.arange(PLACE_CHUNK, dtype=jnp.int32)
         there = others < count
         other = plt.load(order_ref.at[batch, head, others], mask=there, other=LOWEST)
         # Rows are stored in index order: among equals the earlier one is better.
@@ -81,8 +81,8 @@ def _place_rows(order_ref, index_ref, k_ref, v_ref, out_index_ref, k_out_ref, v_
         better = ((other[None, :] > order[:, None]) | earlier) & there[None, :]
         return rank + jnp.sum(better.astype(jnp.int32), axis=1)
 
-    blocks = -(-count // BLOCK)
-    rank = lax.fori_loop(0, blocks, count_better, jnp.zeros((BLOCK,), jnp.int32))
+    blocks = -(-count // PLACE_CHUNK)
+    rank = lax.fori_loop(0, blocks, count_better, jnp.zeros((PLACE_ROWS,), jnp.int32))
     plt.store(out_index_ref.at[batch, rank, head], index, mask=exists)
     every = pl.ds(0, dim)
     for source, target in ((k_ref, k_out_ref), (v_ref, v_out_ref)):
@@ -99,14 +99,14 @@ def triton(call: SelectCall) -> tuple[jax.Array, jax.Array, jax.Array]:
         functools.partial(_choose_rows, rows=rows, count=count, width=pl.next_power_of_2(rows)),
         out_shape=(chosen, chosen),
         grid=(batch, heads),
-        compiler_params=plt.CompilerParams(num_warps=32, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         name="select_choose_rows",
     )(call.scores)
     kept = array_type((batch, count, heads, dim), call.k.dtype, call.k)
     return pl.pallas_call(
         functools.partial(_place_rows, count=count, dim=dim),
         out_shape=(array_type((batch, count, heads), jnp.int32, call.scores), kept, kept),
-        grid=(batch, heads, -(-count // BLOCK)),
+        grid=(batch, heads, -(-count // PLACE_ROWS)),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         name="select_place_rows",
     )(order, index, call.k, call.v)

@@ -189,3 +189,11 @@ def test_too_short_a_length_says_what_is_needed():
         next(generate("vt", whitespace_counter, 64, 1, variant="ruler_fit"))
     with pytest.raises(EvalError, match="common words needs at least 10 distinct words"):
         next(generate("cwe", whitespace_counter, 4096, 1, variant="star_attention"))
+
+
+def test_common_words_stop_shrinking_at_ten_words():
+    """At 4K ten words fill the list; a draw of long words must not end below them (the original asks for four)."""
+    examples = list(generate("cwe", lambda text: int(0.55 * len(text)), 4096, 24))
+    assert min(example.info["distinct_words"] for example in examples) >= 10
+    assert len({example.info["distinct_words"] for example in examples}) > 1, "no draw had to shrink"
+    assert all(example.info["length"] <= 4096 for example in examples)

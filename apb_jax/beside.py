@@ -1,0 +1,36 @@
+"""Engines of several methods over the same model, each on as many shards as its method can use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from apb_jax.attention.registry import METHODS, MethodSpec
+from apb_jax.engine import Engine
+from apb_jax.mesh import make_mesh
+
+
+@dataclass
+class Beside:
+    """``beside.of(spec)``: an engine on the mesh of ``first``, or on one device where the method knows one shard only.
+
+    The one-device engine is made once (the weights are placed there once) and shared by all methods that need it.
+    """
+
+    first: Engine
+    _single: Engine | None = field(default=None, init=False, repr=False)
+
+    def of(self, spec: MethodSpec) -> Engine:
+        """Raises UserError where the method cannot serve the model or mesh."""
+        first = self.first
+        if METHODS[spec.name][0].can.max_shards != 1 or first.shards == 1:
+            return first.with_method(spec)
+        if self._single is None:
+            self._single = Engine(
+                first.model,
+                spec,
+                make_mesh(1),
+                kernels=first.programs.kernels,
+                template=first.template,
+                state=first.state if first.mesh.size == 1 else None,
+            )
+        return self._single.with_method(spec)
