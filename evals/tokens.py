@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from evals.base import EvalError
@@ -32,6 +33,8 @@ def as_tokens(tokenizer: Any) -> Tokens:
         return tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+    if Path(name).is_dir():  # a run may go on where the folder lies elsewhere
+        name = Path(name).resolve().name
     if hasattr(backend, "encode_batch"):  # the Rust tokenizer, also inside a fast transformers tokenizer
         return Tokens(
             name,
