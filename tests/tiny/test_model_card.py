@@ -1,0 +1,55 @@
+"""The RULER tables of the model card and the README say what the measured scores say."""
+
+from __future__ import annotations
+
+import json
+import re
+from statistics import mean
+
+import pytest
+from helpers import ROOT
+
+CARD = (ROOT / "apb_jax" / "tiny" / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
+CELLS = json.loads((ROOT / "benchmarks" / "results" / "tiny_ruler.json").read_text())["cells"]
+NEEDLES = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multivalue", "niah_multiquery")
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def score(method: str, task: str, tokens: int) -> float:
+    return float(CELLS[f"{method}/{task}/{tokens}"]["score"])
+
+
+def test_every_cell_was_measured() -> None:
+    methods, tasks = ({key.split("/")[n] for key in CELLS} for n in (0, 1))
+    assert len(tasks) == 13
+    assert set(CELLS) == {f"{m}/{t}/{n}" for m in methods for t in tasks for n in (4096, 8192)}
+    assert {cell["samples"] for cell in CELLS.values()} == {64}
+
+
+@pytest.mark.parametrize("tokens", [4096, 8192])
+def test_the_card(tokens: int) -> None:
+    table = re.search(rf"^\| {tokens} tokens \| single 1 .*?\n\n", CARD, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    header, _, *rows = table.group().strip().splitlines()
+    tasks = [re.sub(r"^(single|multi)", r"niah_\1", name).replace(" ", "_") for name in cells_of(header)[1:-1]]
+    assert [cells_of(row)[0] for row in rows] == list(dict.fromkeys(key.split("/")[0] for key in CELLS))
+    for row in rows:
+        method, *shown, average = cells_of(row)
+        scores = [score(method, task, tokens) for task in tasks]
+        assert shown == [f"{value:.0f}" for value in scores], method
+        assert average == f"{mean(scores):.1f}", method
+
+
+def test_the_readme() -> None:
+    table = re.search(r"^\| \| full \| ring \|.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    header, _, *rows = table.group().strip().splitlines()
+    for row in rows:
+        length, *shown = cells_of(row)
+        tokens = 1024 * int(length.removesuffix("K"))
+        means = [mean(score(method, task, tokens) for task in NEEDLES) for method in cells_of(header)[1:]]
+        assert shown == [f"{value:.1f}" for value in means]
