@@ -15,6 +15,25 @@ from apb_jax.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
+class CachedLayer:
+    """One layer of a cache, left in its stack: few rows attend to it where it lies."""
+
+    k: Float[Array, "L B rows K D"]
+    v: Float[Array, "L B rows K D"]
+    layer: Int[Array, ""]
+
+    def alone(self) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
+        """K and V of this layer, as copies unless XLA fuses them."""
+        take = jax.lax.dynamic_index_in_dim
+        return take(self.k, self.layer, keepdims=False), take(self.v, self.layer, keepdims=False)
+
+    @classmethod
+    def of(cls, k: Float[Array, "B rows K D"], v: Float[Array, "B rows K D"]) -> CachedLayer:
+        """K and V as the only layer of a stack."""
+        return cls(k[None], v[None], jnp.int32(0))
+
+
+@dataclass(frozen=True)
 class LayerKV:
     """K (after RoPE) and V of all layers, [L, B, rows, K, D]."""
 
@@ -27,10 +46,9 @@ class LayerKV:
         shape = (config.num_layers, batch, rows, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def at(self, layer: Int[Array, ""]) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
-        """K and V of one layer."""
-        take = jax.lax.dynamic_index_in_dim
-        return take(self.k, layer, keepdims=False), take(self.v, layer, keepdims=False)
+    def at(self, layer: Int[Array, ""]) -> CachedLayer:
+        """One layer, where it lies."""
+        return CachedLayer(self.k, self.v, layer)
 
 
 @jax.tree_util.register_dataclass

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.base import AttentionMethod, Kernels, Layout, Shard
 from apb_jax.attention.decode import Cached
 from apb_jax.attention.recovered import layer_shares
-from apb_jax.cache import DocumentCache, TailCache
+from apb_jax.cache import CachedLayer, DocumentCache, TailCache
 from apb_jax.mesh import SP, TP
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import LayerInputs
@@ -245,11 +245,14 @@ class Programs:
 
         def attend(inputs: LayerInputs, tail: TailCache) -> tuple[Any, TailCache]:
             tail = tail.write(inputs.layer, slot, inputs.rotated()[1], inputs.v)
+            document = cache.at(inputs.layer)
+            if self.virtual_shards > 1:  # moving the mapped axis to the front would copy the whole stack
+                document = CachedLayer.of(*document.alone())
             cached = Cached(
-                document=cache.at(inputs.layer),
+                document=document,
                 kept_tokens=lengths.kept(shard),
                 kept_positions=lengths.positions_of(shard),
-                tail=tail.at(inputs.layer),
+                tail=tail.at(inputs.layer).alone(),
                 tail_offset=slot,
                 tail_position=lengths.tail_start,
                 rows=rows,
@@ -259,8 +262,9 @@ class Programs:
 
         start = jnp.int32(0)
         return model.run_layers(
-            model.embed(tokens), positions, attend, tail, start=start, tp_axis=self.tp_axis, slices=self.slices
-        )
+            model.embed(tokens), positions, attend, tail,
+            start=start, tp_axis=self.tp_axis, slices=self.slices, in_place=True,
+        )  # fmt: skip
 
     def query(
         self,

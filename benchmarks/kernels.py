@@ -33,6 +33,8 @@ from pallas_kernels.retaining_score import retaining_score
 from pallas_kernels.retaining_score.api import IMPLEMENTATIONS as SCORE
 from pallas_kernels.select import select_topk
 from pallas_kernels.select.api import IMPLEMENTATIONS as SELECT
+from pallas_kernels.skinny_matmul import skinny_matmul
+from pallas_kernels.skinny_matmul.api import IMPLEMENTATIONS as SKINNY
 from pallas_kernels.timing import device_ms, rested_ms
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -311,11 +313,48 @@ def bench_select(report: Report, quick: bool) -> None:
             report.row("select_topk", case, implementation.name, ms, work, ms_again=device_ms(run, [(scores, k, v)]))
 
 
+def bench_skinny(report: Report, quick: bool) -> None:
+    """The products of one decoding step of a Llama-3.1-8B layer; as many layers as keep the L2 cache cold."""
+    cases = (
+        ("gate and up", 4096, (14336, 14336), 1),
+        ("down", 14336, (4096,), 1),
+        ("q, k and v", 4096, (4096, 1024, 1024), 1),
+        ("o", 4096, (4096,), 1),
+        ("gate and up", 4096, (14336, 14336), 4),
+    )
+    for name, depth, widths, rows in cases[: 1 if quick else None]:
+        size = 2 * depth * sum(widths)
+        layers = max(2, int(3 * L2_BYTES // size) + 1)
+        x = normal(0, rows, depth)
+        stacks = tuple(normal(1 + n, layers, depth, width) / 64 for n, width in enumerate(widths))
+        sets = [(x, jnp.int32(layer), *stacks) for layer in range(layers)]
+        want = skinny_matmul(x, stacks, 1, implementation="reference")
+        case = f"{name}, {rows} row{'s' * (rows > 1)}"
+        for implementation in SKINNY:
+            if implementation.name == "reference":
+                continue
+
+            def run(x, layer, *stacks, name=implementation.name):
+                return skinny_matmul(x, stacks, layer, implementation=name)
+
+            try:
+                got = jax.jit(run)(*sets[1])
+            except Unsupported as refusal:
+                report.note("skinny_matmul", case, implementation.name, str(refusal))
+                continue
+            errors = [relative_error(a, b) for a, b in zip(got, want, strict=True)]
+            report.row(
+                "skinny_matmul", case, implementation.name, device_ms(run, sets), Work(float(size), "GB/s"),
+                ms_again=device_ms(run, sets), error=max(errors),
+            )  # fmt: skip
+
+
 BENCHES = {
     "flash_attention": bench_flash,
     "decode_attention": bench_decode,
     "retaining_score": bench_score,
     "select_topk": bench_select,
+    "skinny_matmul": bench_skinny,
 }
 
 

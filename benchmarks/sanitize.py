@@ -12,6 +12,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.retaining_score import retaining_score
 from pallas_kernels.select import select_topk
+from pallas_kernels.skinny_matmul import skinny_matmul
 
 
 def normal(seed, *shape):
@@ -25,8 +26,8 @@ def flash(implementation):
 
 
 def decode(implementation):
-    q, k, v = normal(0, 1, 1, 8, 64), normal(1, 1, 600, 2, 64), normal(2, 1, 600, 2, 64)
-    return decode_attention(q, k, v, 577, implementation=implementation)
+    q, k, v = normal(0, 1, 1, 8, 64), normal(1, 3, 1, 600, 2, 64), normal(2, 3, 1, 600, 2, 64)
+    return decode_attention(q, k, v, 577, layer=1, implementation=implementation)
 
 
 def score(implementation):
@@ -40,10 +41,16 @@ def select(implementation):
     return select_topk(scores, normal(1, 1, 300, 2, 64), normal(2, 1, 300, 2, 64), 100, implementation=implementation)
 
 
+def skinny(implementation):
+    stacks = normal(1, 2, 576, 192), normal(2, 2, 576, 64)
+    return skinny_matmul(normal(0, 3, 576), stacks, 1, implementation=implementation)
+
+
 KERNELS = {
     "flash_mosaic": (flash, "mosaic_gpu"),
     "decode_mosaic": (decode, "mosaic_gpu"),
     "score_mosaic": (score, "mosaic_gpu"),
+    "skinny_mosaic": (skinny, "mosaic_gpu"),
     "flash_triton": (flash, "triton"),
     "select_triton": (select, "triton"),
 }

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.attend import project
 from apb_jax.attention.collectives import merge_partials, merge_shards
 from apb_jax.attention.remapped import remapped_attention
+from apb_jax.cache import CachedLayer
 from apb_jax.model.layers import LayerInputs
 from pallas_kernels.decode_attention import decode_attention
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class Cached:
     """What the rows of a query or decoding step may see in one layer, on one shard."""
 
-    document: tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
+    document: CachedLayer
     kept_tokens: Int[Array, " B"]
     """Rows of ``document`` that exist."""
     kept_positions: Int[Array, "B C"]
@@ -39,7 +40,7 @@ class Cached:
 
 def attend_shard(
     q: Float[Array, "B M H D"],
-    document: tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]],
+    document: CachedLayer,
     kept_tokens: Int[Array, " B"],
     tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]],
     tail_offset: Int[Array, " B"],
@@ -56,7 +57,7 @@ def attend_shard(
     offset = None
     if query_tokens is not None:
         offset = jnp.where(owner, jnp.int32(2**30), kept_tokens - query_tokens)
-    local = decode_attention(q, *document, lengths=kept_tokens, causal_offset=offset)
+    local = decode_attention(q, document.k, document.v, kept_tokens, offset, layer=document.layer)
     rows = jnp.full_like(tail_offset, tail[0].shape[1])
     new, new_lse = decode_attention(q, *tail, lengths=rows, causal_offset=tail_offset)
     return merge_partials([local, (new, jnp.where(owner, new_lse, -jnp.inf))])
@@ -64,7 +65,7 @@ def attend_shard(
 
 def decode_sharded(
     q: Float[Array, "B M H D"],
-    document: tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]],
+    document: CachedLayer,
     kept_tokens: Int[Array, " B"],
     tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]],
     tail_offset: Int[Array, " B"],
@@ -105,7 +106,7 @@ def attend_remapped(
     if cached.query_tokens is not None:
         hidden = stop + row - cached.query_tokens[:, None] + 1
         stop = jnp.where(owner, stop, jnp.minimum(stop, hidden))
-    local = part(cached.document, cached.kept_positions, stop)
+    local = part(cached.document.alone(), cached.kept_positions, stop)
     slots = jnp.arange(cached.tail[0].shape[1], dtype=jnp.int32)[None]
     new, lse = part(cached.tail, cached.tail_position[:, None] + slots, cached.tail_offset[:, None] + row + 1)
     return merge_partials([local, (new, jnp.where(owner, lse, -jnp.inf))])

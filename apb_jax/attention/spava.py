@@ -18,6 +18,7 @@ from apb_jax.attention.attend import Keys, Queries, attend
 from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, bucket
 from apb_jax.attention.decode import decode_sharded
 from apb_jax.attention.ring import ring_order
+from apb_jax.cache import CachedLayer
 from apb_jax.errors import UserError
 from apb_jax.model.layers import LayerInputs
 from pallas_kernels.flash_attention import RowSegment
@@ -152,7 +153,7 @@ class Spava(AttentionMethod):
         kept_k, own = self.keep(ka, jnp.concatenate([k1, k2], axis=1), shard)
         kept_v, _ = self.keep(va, jnp.concatenate([v1, v2], axis=1), shard)
         zero = jnp.zeros_like(shard.query_tokens)
-        out_query = decode_sharded(qq, (kept_k, kept_v), own + exists, (kq, vq), zero, shard)
+        out_query = decode_sharded(qq, CachedLayer.of(kept_k, kept_v), own + exists, (kq, vq), zero, shard)
         causal = RowSegment(anchor, start=0, offset=0, end=anchor)
         out_anchor, _ = attend(Queries(qa), (Keys(ka, va),), (causal,), kernels.attention)
 

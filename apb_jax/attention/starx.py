@@ -78,7 +78,7 @@ class StarX(Star):
             out, _ = attend_shard(q, *seen, shard, query_tokens=cached.query_tokens)
         if shard.count == 1:
             return out.astype(q.dtype)
-        keys = cached.document[0]
+        keys = cached.document.alone()[0]
         # The mean of the anchor's keys, from shard 0 to all: the first key that every shard's scorer sees.
         anchor = jnp.minimum(self.anchor_tokens or self.block_tokens or shard.block_rows, cached.kept_tokens)
         inside = (jnp.arange(keys.shape[1], dtype=jnp.int32) < anchor[:, None])[..., None, None]

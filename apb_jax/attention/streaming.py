@@ -98,6 +98,7 @@ class Streaming(AttentionMethod):
         stop = jnp.broadcast_to(cached.kept_tokens[:, None], oldest.shape)
         tail_first = jnp.maximum(oldest - cached.tail_position[:, None], 0)
         row = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        document = cached.document.alone()
 
         def part(query: Array, kv: tuple[Array, Array], first: Array, end: Array) -> tuple[Array, Array]:
             place = jnp.zeros(kv[0].shape[:3], jnp.int32)
@@ -106,8 +107,8 @@ class Streaming(AttentionMethod):
             )
 
         parts = [
-            part(at_slot, cached.document, jnp.zeros_like(oldest), jnp.minimum(jnp.minimum(oldest, sinks), stop)),
-            part(q, cached.document, oldest, stop),
+            part(at_slot, document, jnp.zeros_like(oldest), jnp.minimum(jnp.minimum(oldest, sinks), stop)),
+            part(q, document, oldest, stop),
             part(q, cached.tail, tail_first, cached.tail_offset[:, None] + row + 1),
         ]
         return merge_shards(*merge_partials(parts), shard.axis).astype(q.dtype)

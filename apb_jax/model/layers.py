@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.rope import Rope, rotate
 from apb_jax.model.slices import WeightSlices
+from apb_jax.model.stacked import StackedMatrix, multiply
 from apb_jax.retaining.heads import FoldedRetainingHead, RetainingHead
 
 
@@ -52,11 +53,17 @@ def rms_norm(x: Float[Array, "*rows E"], weight: Float[Array, " E"], eps: float)
 def project(x: Float[Array, "B S I"], weight: Float[Array, "I O"]) -> Float[Array, "B S O"]:
     """x @ weight accumulated in float32, in the dtype of x; float32 inputs are multiplied as float32 (no TF32)."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    if x.shape[0] * x.shape[1] == 1 and jax.default_backend() == "gpu":
-        # One row: XLA fuses the slice of the stacked weights into a reduction; a matmul would copy the slice first.
-        wide = x.astype(jnp.float32).reshape(-1, 1) * weight.astype(jnp.float32)
-        return jnp.sum(wide, axis=0).astype(x.dtype).reshape(*x.shape[:2], -1)
     return jnp.matmul(x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def project_all(
+    x: Float[Array, "B S I"], weights: Sequence[nnx.Param], slices: WeightSlices | None, *, rows: bool = False
+) -> list[Float[Array, "B S O"]]:
+    """``project`` with each of ``weights``; with ``slices`` with this member's columns, or ``rows``, of each."""
+    matrices = [weight.get_value() for weight in weights]
+    if isinstance(matrices[0], StackedMatrix):
+        return multiply(x, matrices, slices, rows=rows)
+    return [project(x, slices.part(matrix, 0 if rows else 1) if slices else matrix) for matrix in matrices]
 
 
 class DecoderLayers(nnx.Module):
@@ -130,12 +137,9 @@ class DecoderLayers(nnx.Module):
         def reduce(y: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
             return jax.lax.psum(y, axes) if axes else y
 
-        def part(a: Array, dim: int) -> Array:
-            return slices.part(a, dim) if slices else a
-
         with jax.named_scope("qkv"):
             h = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
-            q, k, v = (project(h, part(w[...], 1)) for w in (self.q, self.k, self.v))
+            q, k, v = project_all(h, (self.q, self.k, self.v), slices)
             q, k, v = slices.whole([q, k, v]) if slices else (q, k, v)
             if self.config.qkv_bias:
                 q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
@@ -147,9 +151,10 @@ class DecoderLayers(nnx.Module):
             out, carry = attend(inputs, carry)
         with jax.named_scope("o_proj"):
             flat = out.reshape(*out.shape[:2], -1)
-            x = x + reduce(project(part(flat, 2), part(self.o[...], 0)))
+            flat = slices.part(flat, 2) if slices else flat
+            x = x + reduce(*project_all(flat, (self.o,), slices, rows=True))
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-            gated = jax.nn.silu(project(h, part(self.gate[...], 1))) * project(h, part(self.up[...], 1))
-            x = x + reduce(project(gated, part(self.down[...], 0)))
+            gate, up = project_all(h, (self.gate, self.up), slices)
+            x = x + reduce(*project_all(jax.nn.silu(gate) * up, (self.down,), slices, rows=True))
         return x, carry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import Attend, DecoderLayers, rms_norm
 from apb_jax.model.rope import rope_table
 from apb_jax.model.slices import WeightSlices
+from apb_jax.model.stacked import FEW_ROWS, one_layer
 
 TP_COLUMNS = frozenset({"q", "k", "v", "gate", "up", "q_bias", "k_bias", "v_bias", "fc2"})
 TP_ROWS = frozenset({"o", "down", "fc1_q", "fc1_k", "fc1_v"})
@@ -62,19 +64,22 @@ class Transformer(nnx.Module):
         tp_axis: str | None = None,
         slices: WeightSlices | None = None,
         remat: bool = False,
+        in_place: bool = False,
     ) -> tuple[Float[Array, "B S E"], Any]:
         """``count`` layers from layer ``start`` on (all layers by default); compile time does not grow with depth.
 
         With ``start`` the weights are indexed inside the loop, so one program serves every group of layers; with
-        ``slices`` each device of their axis reads its part of the weights only.
+        ``slices`` each device of their axis reads its part of the weights only. ``in_place``: matrices are multiplied
+        where they lie in their stacks, where the rows are few.
         """
         graph, weights = nnx.split(self.layers)
+        in_place = in_place and x.shape[0] * x.shape[1] <= FEW_ROWS
         cos, sin = rope_table(self.config.rope, self.config.head_dim, positions)
 
         def body(state: tuple[Any, Any], step: tuple[Any, Any]) -> tuple[tuple[Any, Any], None]:
             layer, sliced = step
             if sliced is None:
-                sliced = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), weights)
+                sliced = jax.tree_util.tree_map_with_path(functools.partial(one_layer, layer, in_place), weights)
             module = nnx.merge(graph, sliced)
             return module(state[0], cos, sin, positions, layer, attend, state[1], tp_axis, slices), None
 

@@ -25,6 +25,8 @@ def decode_attention(
     v: jax.Array,
     lengths: jax.Array,
     causal_offset: jax.Array | None = None,
+    *,
+    layer: jax.Array | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -33,9 +35,10 @@ def decode_attention(
     Args:
       q: [B, M, H, D]; one row a decoding step, up to a few hundred in the query phase.
       k, v: [B, T, K, D]; query head h uses KV head h // (H // K). Slots at or beyond ``lengths`` may
-        hold anything, NaN too.
+        hold anything, NaN too. With ``layer``: stacks of all layers, [L, B, T, K, D].
       lengths: int32 [B], valid slots per batch entry; 0 is allowed.
       causal_offset: None, or int32 [B]: row i sees key j only if j <= i + causal_offset[b].
+      layer: None, or an int32 scalar: which layer of the stacks, which is read where it lies.
       scale: of the scores; default 1/sqrt(D).
       implementation: None for the automatic choice, or a name, which never falls back.
 
@@ -46,10 +49,10 @@ def decode_attention(
     Raises:
       KernelInputError, Unsupported, ExceptionGroup: as `flash_attention`.
     """
-    call = make_call(q, k, v, lengths, causal_offset, scale)
+    call = make_call(q, k, v, lengths, causal_offset, scale, layer)
     chosen = choose("decode_attention", IMPLEMENTATIONS, implementation, call)
     batch, rows, heads, _ = call.q.shape
-    if call.k.shape[1] == 0 or rows == 0:
+    if call.keys == 0 or rows == 0:
         empty = jnp.zeros(call.q.shape, jnp.float32), jnp.full((batch, heads, rows), -jnp.inf, jnp.float32)
         return vary_over(varying_axes(call.q), empty)
     return chosen.run(call)

@@ -1,5 +1,6 @@
 """One validated call of decode_attention."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -12,7 +13,10 @@ from pallas_kernels.errors import KernelInputError
 
 @dataclass(frozen=True)
 class DecodeCall:
-    """q [B, M, H, D], k and v [B, T, K, D], lengths int32 [B], causal_offset None or int32 [B]."""
+    """q [B, M, H, D], k and v [B, T, K, D], lengths int32 [B], causal_offset None or int32 [B].
+
+    With ``layer`` (int32 scalar) k and v are stacks of all layers, [L, B, T, K, D].
+    """
 
     q: jax.Array
     k: jax.Array
@@ -20,17 +24,37 @@ class DecodeCall:
     lengths: jax.Array
     causal_offset: jax.Array | None
     scale: float
+    layer: jax.Array | None = None
 
     def __post_init__(self) -> None:
         q, k = self.q, self.k
         if q.ndim != 4:
             raise KernelInputError(f"q has shape {q.shape}; it must be [B, M, H, D]")
-        if k.ndim != 4 or k.shape != self.v.shape or k.shape[::3] != q.shape[::3]:
-            raise KernelInputError(f"k {k.shape} and v {self.v.shape} must both be [B, T, K, D] with q {q.shape}")
-        if q.shape[2] % k.shape[2]:
-            raise KernelInputError(f"{k.shape[2]} KV heads do not divide {q.shape[2]} query heads")
+        axes = 4 if self.layer is None else 5
+        if k.ndim != axes or k.shape != self.v.shape or k.shape[axes - 4 :][::3] != q.shape[::3]:
+            wanted = "[B, T, K, D]" if self.layer is None else "[L, B, T, K, D]"
+            raise KernelInputError(f"k {k.shape} and v {self.v.shape} must both be {wanted} with q {q.shape}")
+        if q.shape[2] % self.kv_heads:
+            raise KernelInputError(f"{self.kv_heads} KV heads do not divide {q.shape[2]} query heads")
         if not q.dtype == k.dtype == self.v.dtype:
             raise KernelInputError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {self.v.dtype}; they must agree")
+
+    @property
+    def keys(self) -> int:
+        """Slots of the cache, T."""
+        return self.k.shape[-3]
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.k.shape[-2]
+
+    def one_layer(self) -> "DecodeCall":
+        """The same call on the keys and values of its layer alone, [B, T, K, D]: a copy, unless XLA fuses it."""
+        if self.layer is None:
+            return self
+        k, v = (jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False) for a in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, layer=None)
 
     @property
     def bounds(self) -> tuple[jax.Array, jax.Array]:
@@ -49,11 +73,12 @@ def _per_batch(value: jax.Array | int, batch: int, name: str) -> jax.Array:
     return jnp.broadcast_to(array, (batch,))
 
 
-def make_call(q, k, v, lengths, causal_offset, scale) -> DecodeCall:
+def make_call(q, k, v, lengths, causal_offset, scale, layer=None) -> DecodeCall:
     """Validate, clip the lengths to T, and let all arrays vary over the same mesh axes."""
-    lengths = jnp.clip(_per_batch(lengths, q.shape[0], "lengths"), 0, k.shape[1])
+    lengths = jnp.clip(_per_batch(lengths, q.shape[0], "lengths"), 0, k.shape[-3])
     if causal_offset is not None:
         causal_offset = _per_batch(causal_offset, q.shape[0], "causal_offset")
-    q, k, v, lengths, causal_offset = vary_together((q, k, v, lengths, causal_offset))
+    layer = None if layer is None else jnp.asarray(layer, jnp.int32)
+    q, k, v, lengths, causal_offset, layer = vary_together((q, k, v, lengths, causal_offset, layer))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return DecodeCall(q, k, v, lengths, causal_offset, scale)
+    return DecodeCall(q, k, v, lengths, causal_offset, scale, layer)

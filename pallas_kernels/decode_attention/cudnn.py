@@ -11,7 +11,8 @@ from pallas_kernels.flash_attention.rows import RowSegment
 
 
 def _as_rows(call: DecodeCall) -> AttentionCall:
-    rows, keys = call.q.shape[1], call.k.shape[1]
+    call = call.one_layer()
+    rows, keys = call.q.shape[1], call.keys
     return AttentionCall(
         call.q, (call.k,), (call.v,), (RowSegment(rows, start=0, offset=keys, end=call.lengths),), call.scale
     )

@@ -48,7 +48,7 @@ def refuse(call: DecodeCall, device: Device) -> str | None:
     return None
 
 
-def _kernel(q_ref, k_ref, v_ref, lengths, offsets, out_ref, lse_ref, scratch, *, config, scale, group, causal):
+def _kernel(q_ref, k_ref, v_ref, lengths, offsets, layer, out_ref, lse_ref, scratch, *, config, scale, group, causal):
     """One block of threads: 64 packed rows of one KV head against one part of the keys."""
     (q_smem, k_smem, v_smem, out_smem, lse_smem), (q_ready, k_ready, v_ready), (k_free, v_free) = scratch
     block_keys, stages = config.block_keys, config.stages
@@ -141,11 +141,12 @@ def _kernel(q_ref, k_ref, v_ref, lengths, offsets, out_ref, lse_ref, scratch, *,
     @pl.when(me == 1)
     def _memory():
         plgpu.set_max_registers(24, action="decrease")
+        entry = layer[0] * lengths.shape[0] + batch
 
         @pl.loop(0, steps)
         def _(step):
             slot = stage(step)
-            window = batch, pl.ds(first + step * block_keys, block_keys), head
+            window = entry, pl.ds(first + step * block_keys, block_keys), head
             for free, ref, tiles, ready in ((k_free, k_ref, k_smem, k_ready), (v_free, v_ref, v_smem, v_ready)):
                 pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
                 plgpu.copy_gmem_to_smem(ref.at[window], tiles.at[slot], ready.at[slot])
@@ -154,7 +155,13 @@ def _kernel(q_ref, k_ref, v_ref, lengths, offsets, out_ref, lse_ref, scratch, *,
 def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
     """out float32 [B, M, H, D] and lse_nat float32 [B, H, M] of packed rows, the keys split over the chip."""
     batch, rows, heads, dim = call.q.shape
-    keys, kv_heads = call.k.shape[1:3]
+    if call.keys % 8:  # the height of a shared-memory tile
+        call = call.one_layer()
+        k, v = (jnp.pad(a, ((0, 0), (0, -call.keys % 8), (0, 0), (0, 0))) for a in (call.k, call.v))
+    else:  # layer and batch entry as one axis: copies into shared memory know at most five
+        k, v = (a.reshape(-1, *a.shape[-3:]) for a in (call.k, call.v))
+    layer = jnp.zeros((1,), jnp.int32) if call.layer is None else call.layer[None]
+    keys, kv_heads = call.keys, call.kv_heads
     group = heads // kv_heads
     packed = call.q.reshape(batch, rows, kv_heads, group, dim).swapaxes(1, 2)
     packed = packed.reshape(batch, kv_heads, rows * group, dim)
@@ -165,7 +172,6 @@ def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
     parts = max(1, min(wanted, -(-keys // config.block_keys)))
     causal = call.causal_offset is not None
     offset = call.causal_offset if causal else call.lengths
-    k, v = (jnp.pad(a, ((0, 0), (0, -keys % 8), (0, 0), (0, 0))) if keys % 8 else a for a in (call.k, call.v))
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     kv_scratch = plgpu.SMEM((config.stages, config.block_keys, dim), call.q.dtype, transforms=tiled)
@@ -197,7 +203,7 @@ def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
         num_threads=2,
         thread_name="groups",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(packed, k, v, call.lengths, offset)
+    )(packed, k, v, call.lengths, offset, layer)
     out, lse = out[:, :, :, : rows * group], lse[:, :, :, : rows * group]
     peak = lse.max(axis=2, keepdims=True)
     weights = jnp.exp(lse - jnp.where(jnp.isneginf(peak), 0.0, peak))
@@ -217,12 +223,12 @@ def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
 def mosaic_gpu(call: DecodeCall, config: Config | None = None) -> tuple[jax.Array, jax.Array]:
     """out float32 [B, M, H, D] and lse_nat float32 [B, H, M]."""
     rows, heads = call.q.shape[1:3]
-    keys, kv_heads = call.k.shape[1:3]
-    if rows * (heads // kv_heads) <= MOST_PACKED_ROWS:
+    if rows * (heads // call.kv_heads) <= MOST_PACKED_ROWS:
         if config is None:
             config = Config(**tuned.parameters("decode_attention", call.q.shape[-1], current()))
         return split(call, config)
-    offset = keys if call.causal_offset is None else call.causal_offset
+    call = call.one_layer()
+    offset = call.keys if call.causal_offset is None else call.causal_offset
     segment = RowSegment(rows, start=0, offset=offset, end=call.lengths)
     out, lse = prefill.mosaic_gpu(AttentionCall(call.q, (call.k,), (call.v,), (segment,), call.scale))
     return out.astype(jnp.float32), lse

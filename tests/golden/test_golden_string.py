@@ -14,6 +14,7 @@ from apb_jax.attention.attend import attend, project
 from apb_jax.attention.base import Shard
 from apb_jax.attention.decode import Cached, attend_remapped
 from apb_jax.attention.window import sliding_window
+from apb_jax.cache import CachedLayer
 from apb_jax.model.layers import LayerInputs
 from apb_jax.model.rope import rope_from_hf, rope_table
 from apb_jax.model.string_rope import StringRope
@@ -83,7 +84,7 @@ def test_decoding(name: str) -> None:
     for step in range(settings["n_decode"]):
         x = inputs(arrays, rope, rows + step, rows + step + 1)
         cached = Cached(
-            document=(prefix.k, prefix.v),
+            document=CachedLayer.of(prefix.k, prefix.v),
             kept_tokens=rows * one,
             kept_positions=jnp.arange(rows, dtype=jnp.int32)[None],
             tail=(tail.k, tail.v),

@@ -13,6 +13,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.retaining_score import retaining_score
 from pallas_kernels.select import select_topk
+from pallas_kernels.skinny_matmul import skinny_matmul
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +73,54 @@ def test_decode_attention(implementation, rows, heads, kv_heads, dim, keys, leng
     want, approximate = exact(case, q, (k,), (v,)), plain(case, q, (k,), (v,))
     assert error(out, want[0]) <= 2 * max(error(approximate[0], want[0]), 2**-8)
     assert error(lse, want[1]) <= 2 * max(error(approximate[1], want[1]), 1e-6)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("batch", "rows", "slots"), [(1, 1, 2048), (3, 7, 520), (2, 1, 333)])
+def test_decode_attention_of_a_stack(batch, rows, slots, dim):
+    """Bit for bit what the kernel makes of the layer alone; the other layers hold NaN."""
+    q = jax.random.normal(jax.random.key(0), (batch, rows, 8, dim), jnp.bfloat16)
+    k, v = (jax.random.normal(jax.random.key(s), (batch, slots, 2, dim), jnp.bfloat16) for s in (1, 2))
+    lengths = slots - 5 * jnp.arange(batch, dtype=jnp.int32)
+    run = jax.jit(functools.partial(decode_attention, implementation="mosaic_gpu"))
+    want = run(q, k, v, lengths)
+    for layer in range(3):
+        stacks = [jnp.full((3, *a.shape), jnp.nan, a.dtype).at[layer].set(a) for a in (k, v)]
+        got = run(q, *stacks, lengths, layer=jnp.int32(layer))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shares", [1, 4])
+@pytest.mark.parametrize(
+    ("rows", "depth", "widths"),
+    [(1, 4096, (4096, 1024, 1024)), (4, 14336, (4096,)), (1, 256, (640, 640)), (64, 1088, (1728,)), (3, 64, (64,))],
+)
+def test_skinny_matmul(rows, depth, widths, shares, dtype, implementation):
+    """Columns and rows by shares; the other layers hold NaN."""
+    if any(size % (64 * shares) for size in (depth, *widths)):
+        pytest.skip(f"the kernel takes shares that 64 divides, not 1/{shares} of {depth} x {widths}")
+    x = jax.random.normal(jax.random.key(0), (rows, depth), dtype)
+    matrices = [jax.random.normal(jax.random.key(1 + n), (depth, w), dtype) / depth**0.5 for n, w in enumerate(widths)]
+    stacks = [jnp.full((3, *m.shape), jnp.nan, dtype).at[1].set(m) for m in matrices]
+    run = jax.jit(
+        lambda x, stacks, index, by_rows: skinny_matmul(
+            x, stacks, 1, implementation=implementation,
+            **{"row_share" if by_rows else "column_share": (index, shares)},
+        ),
+        static_argnums=3,
+    )  # fmt: skip
+    columns = [run(x, stacks, jnp.int32(i), False) for i in range(shares)]
+    part = depth // shares
+    sums = [run(x[:, i * part : (i + 1) * part], stacks, jnp.int32(i), True) for i in range(shares)]
+    for n, matrix in enumerate(matrices):
+        want = jnp.matmul(x.astype(jnp.float32), matrix.astype(jnp.float32), precision="highest")
+        plain_form = jnp.matmul(x, matrix)
+        limit = 2 * max(error(plain_form, want), 1e-6)
+        assert error(jnp.concatenate([out[n] for out in columns], axis=1), want) <= limit
+        assert error(sum(out[n] for out in sums), want) <= limit
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -17,6 +17,7 @@ from pallas_kernels.flash_attention import work as flash_work
 from pallas_kernels.flash_attention.call import AttentionCall
 from pallas_kernels.retaining_score import retaining_score
 from pallas_kernels.select import select_topk
+from pallas_kernels.skinny_matmul import skinny_matmul
 
 lowered_only = pytest.mark.lowered_only
 triton_is_deprecated = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -104,6 +105,35 @@ def test_decode_attention(dim, rows, causal):
 
     q, kv = (jax.ShapeDtypeStruct((2, n, h, dim), jnp.bfloat16) for n, h in ((rows, 8), (1003, 2)))
     assert "mosaic_gpu" in lower(run, q, kv, kv, jax.ShapeDtypeStruct((2,), jnp.int32))
+
+
+@lowered_only
+@pytest.mark.kernel
+@pytest.mark.parametrize("slots", [1000, 1003])
+def test_decode_attention_of_a_stack(slots):
+    """Slots that 8 does not divide are copied first, whatever the layer."""
+
+    def run(q, k, v, lengths, layer):
+        return decode_attention(q, k, v, lengths, layer=layer, implementation="mosaic_gpu")
+
+    q, kv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 1, 8, 64), (3, 2, slots, 2, 64)))
+    text = lower(run, q, kv, kv, jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
+    assert "mosaic_gpu" in text
+    assert ("stablehlo.dynamic_slice" in text) == (slots % 8 > 0)
+
+
+@lowered_only
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("rows", "depth", "widths"), [(1, 4096, (1024, 256)), (3, 192, (64,)), (64, 256, (640,))])
+def test_skinny_matmul(rows, depth, widths, dtype):
+    def run(x, stacks, layer):
+        return skinny_matmul(x, stacks, layer, column_share=(layer, 1), implementation="mosaic_gpu")
+
+    x, *stacks = (jax.ShapeDtypeStruct(s, dtype) for s in ((rows, depth), *((2, depth, n) for n in widths)))
+    text = lower(run, x, stacks, jax.ShapeDtypeStruct((), jnp.int32))
+    assert "mosaic_gpu" in text
+    assert "stablehlo.dynamic_slice" not in text
 
 
 @lowered_only

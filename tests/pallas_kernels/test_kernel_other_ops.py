@@ -13,6 +13,7 @@ from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attenti
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.retaining_score import retaining_score
 from pallas_kernels.select import select_topk
+from pallas_kernels.skinny_matmul import skinny_matmul
 
 PORTABLE = ("reference", "xla")
 
@@ -56,6 +57,57 @@ def test_decode(case, implementation):
     want, approximate = exact(case, q, (k,), (v,)), plain(case, q, (k,), (v,))
     assert error(out, want[0]) <= 2 * max(error(approximate[0], want[0]), 2**-8)
     assert error(lse, want[1]) <= 2 * max(error(approximate[1], want[1]), 1e-6)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("implementation", PORTABLE)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_decode_reads_its_layer_of_a_stack(rows, implementation):
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, rows, 4, 16)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((3, 2, 32, 2, 16)), jnp.float32) for _ in range(2))
+    lengths, offset = jnp.asarray([32, 30]), jnp.asarray([12, 10])
+    run = jax.jit(functools.partial(decode_attention, implementation=implementation))
+    for layer in range(3):
+        got = run(q, k, v, lengths, offset, layer=jnp.int32(layer))
+        want = run(q, k[layer], v[layer], lengths, offset)
+        assert all(error(a, b) < 1e-6 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_skinny_matmul(implementation, dtype):
+    """Whole matrices, shares of their columns and shares of their rows, of a layer in the middle."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((3, 24)), dtype)
+    stacks = tuple(jnp.asarray(rng.standard_normal((4, 24, n)), dtype) for n in (16, 8))
+    want = [np.asarray(x, np.float64) @ np.asarray(stack[2], np.float64) for stack in stacks]
+    run = jax.jit(functools.partial(skinny_matmul, implementation=implementation), static_argnames=("row_share",))
+    got = run(x, stacks, jnp.int32(2))
+    assert all(out.dtype == jnp.float32 for out in got)
+    assert all(error(a, b) < 1e-6 for a, b in zip(got, want, strict=True))
+    columns = [skinny_matmul(x, stacks, 2, column_share=(i, 4), implementation=implementation) for i in range(4)]
+    for number, whole in enumerate(want):
+        assert error(jnp.concatenate([part[number] for part in columns], axis=1), whole) < 1e-6
+    rows = [
+        skinny_matmul(x[:, 8 * i : 8 * i + 8], stacks, 2, row_share=(i, 3), implementation=implementation)
+        for i in range(3)
+    ]
+    for number, whole in enumerate(want):
+        assert error(sum(part[number] for part in rows), whole) < 1e-6
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_skinny_matmul_in_shard_map(check_vma):
+    rng = np.random.default_rng(0)
+    x, stack = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 8), (2, 8, 4)))
+    for implementation in PORTABLE:
+
+        def run(x, stack, implementation=implementation):
+            return skinny_matmul(x, [stack], 1, implementation=implementation)[0]
+
+        assert error(in_shard_map(run, check_vma)(x, stack), x @ stack[1]) < 1e-6
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
@@ -254,6 +306,14 @@ def test_block_sparse_in_shard_map():
     [
         (lambda z: decode_attention(z((1, 1, 3, 8)), z((1, 4, 2, 8)), z((1, 4, 2, 8)), 4), "2 KV heads do not divide"),
         (lambda z: decode_attention(z((1, 1, 2, 8)), z((1, 4, 2, 8)), z((1, 5, 2, 8)), 4), "must both be"),
+        (
+            lambda z: decode_attention(z((1, 1, 2, 8)), *[z((1, 4, 2, 8))] * 2, 4, layer=0),
+            r"must both be \[L, B, T, K, D\]",
+        ),
+        (lambda z: skinny_matmul(z((1, 8)), [z((2, 8, 6))], 0, column_share=(0, 4)), "4 shares do not divide 6"),
+        (lambda z: skinny_matmul(z((1, 8)), [z((2, 9, 6))], 0), "with x"),
+        (lambda z: skinny_matmul(z((1, 8)), [], 0), "stacks is empty"),
+        (lambda z: skinny_matmul(z((1, 8)), [z((2, 8, 6))], z((2,))), "it must be a scalar"),
         (lambda z: select_topk(z((1, 4, 2)), z((1, 4, 2, 8)), z((1, 4, 2, 8)), 5), "count is 5"),
         (
             lambda z: retaining_score(z((1, 4, 6)), z((5, 3)), z((3, 2)), dead_rows=0, masked_rows=0, valid_rows=4),

@@ -1,0 +1,5 @@
+"""A few rows times one matrix of a stack (the projections of a decoding step)."""
+
+from pallas_kernels.skinny_matmul.api import IMPLEMENTATIONS, skinny_matmul
+
+__all__ = ["IMPLEMENTATIONS", "skinny_matmul"]

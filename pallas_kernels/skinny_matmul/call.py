@@ -1,0 +1,73 @@
+"""One validated call of skinny_matmul."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compat import vary_together
+from pallas_kernels.errors import KernelInputError
+
+Share = tuple[jax.Array | int, int]
+"""(index, count): which of how many equal parts."""
+
+
+@dataclass(frozen=True)
+class MatmulCall:
+    """x [R, I], stacks [L, I', O'], place int32 [3]: layer, row share, column share (indices).
+
+    ``row_shares``, ``column_shares``: into how many parts rows and columns of each matrix are cut.
+    """
+
+    x: jax.Array
+    stacks: tuple[jax.Array, ...]
+    place: jax.Array
+    row_shares: int
+    column_shares: int
+
+    def __post_init__(self) -> None:
+        x = self.x
+        if x.ndim != 2:
+            raise KernelInputError(f"x has shape {x.shape}; it must be [R, I]")
+        if not self.stacks:
+            raise KernelInputError("stacks is empty; give at least one [L, I', O']")
+        for stack in self.stacks:
+            if stack.ndim != 3 or stack.shape[1] != x.shape[1] * self.row_shares:
+                wanted = f"[L, {x.shape[1]} x {self.row_shares} shares, O']"
+                raise KernelInputError(f"a stack has shape {stack.shape}; with x {x.shape} it must be {wanted}")
+            if stack.shape[2] % self.column_shares:
+                raise KernelInputError(f"{self.column_shares} shares do not divide {stack.shape[2]} columns")
+            if stack.dtype != x.dtype:
+                raise KernelInputError(f"x and a stack have dtypes {x.dtype} and {stack.dtype}; they must agree")
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Of each result."""
+        return tuple(stack.shape[2] // self.column_shares for stack in self.stacks)
+
+    def matrices(self) -> list[jax.Array]:
+        """The matrices themselves, each [I, columns]: copies, unless XLA fuses them."""
+        depth = self.x.shape[1]
+        layer, row, column = self.place
+        return [
+            jax.lax.dynamic_slice(stack, (layer, row * depth, column * width), (1, depth, width))[0]
+            for stack, width in zip(self.stacks, self.columns, strict=True)
+        ]
+
+
+def make_call(
+    x: jax.Array,
+    stacks: Sequence[jax.Array],
+    layer: jax.Array | int,
+    row_share: Share | None,
+    column_share: Share | None,
+) -> MatmulCall:
+    """Validate, and let all arrays vary over the same mesh axes."""
+    (row, rows), (column, columns) = row_share or (0, 1), column_share or (0, 1)
+    for name, value in (("layer", layer), ("row_share", row), ("column_share", column)):
+        if jnp.shape(value) != ():
+            raise KernelInputError(f"{name} has an index of shape {jnp.shape(value)}; it must be a scalar")
+    place = jnp.stack([jnp.asarray(value, jnp.int32) for value in (layer, row, column)])
+    x, matrices, place = vary_together((x, list(stacks), place))
+    return MatmulCall(x, tuple(matrices), place, rows, columns)

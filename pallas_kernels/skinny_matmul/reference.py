@@ -1,0 +1,12 @@
+"""The definition: float32 products."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.skinny_matmul.call import MatmulCall
+
+
+def reference(call: MatmulCall) -> tuple[jax.Array, ...]:
+    """For each stack float32 [R, columns]."""
+    x = call.x.astype(jnp.float32)
+    return tuple(jnp.matmul(x, matrix.astype(jnp.float32), precision="highest") for matrix in call.matrices())
