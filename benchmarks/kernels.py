@@ -23,8 +23,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the PyTorch p
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import Unsupported, device
+from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
+from pallas_kernels.block_sparse_attention.api import IMPLEMENTATIONS as SPARSE
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.api import IMPLEMENTATIONS as DECODE
 from pallas_kernels.flash_attention import RowSegment, flash_attention
@@ -349,12 +352,65 @@ def bench_skinny(report: Report, quick: bool) -> None:
             )  # fmt: skip
 
 
+def sparse_tiles(rows: int, block: int, windows: int, columns: int) -> tuple[KeyTiles, float]:
+    """Each query tile's own window, ``windows`` earlier ones and ``columns`` other keys; and the pairs of a head."""
+    rng = np.random.default_rng(0)
+    tiles = rows // block
+    starts, counts = np.zeros((HEADS, tiles, windows + 1), np.int32), np.zeros((HEADS, tiles), np.int32)
+    lines, used = np.zeros((HEADS, tiles, max(columns, 1)), np.int32), np.zeros((HEADS, tiles), np.int32)
+    for head, tile in np.ndindex(HEADS, tiles):
+        earlier = min(tile, windows)
+        chosen = np.sort(rng.choice(tile, earlier, replace=False))
+        starts[head, tile, : earlier + 1] = np.append(chosen, tile) * block
+        free = np.setdiff1d(np.arange(tile), chosen)[: -(-columns // block)]  # where no chosen window lies
+        keys = (free[:, None] * block + np.arange(block)).ravel()[:columns]
+        lines[head, tile, : len(keys)], used[head, tile] = keys, len(keys)
+        counts[head, tile] = earlier + 1
+    pairs = (counts - 1).sum() * block**2 + counts.size * block**2 / 2 + used.sum() * block
+    lead = (jnp.asarray(starts)[None], jnp.asarray(counts)[None])
+    return KeyTiles(*lead, *((jnp.asarray(lines)[None], jnp.asarray(used)[None]) if columns else ())), pairs / HEADS
+
+
+def bench_sparse(report: Report, quick: bool) -> None:
+    rows = 32768
+    q, k, v = (normal(s, 1, rows, heads, DIM) for s, heads in ((0, HEADS), (1, KV_HEADS), (2, KV_HEADS)))
+    cases = (("a quarter of 128 x 128", 128, 63, 0), ("64 windows of 64, 512 columns", 64, 64, 512))
+    for case, block, windows, columns in cases[: 1 if quick else None]:
+        tiles, pairs = sparse_tiles(rows, block, windows, columns)
+        work = Work(4.0 * HEADS * DIM * pairs, "TFLOP/s")
+        sample = slice(rows - 4 * block, rows)  # float32 of the last rows only: the reference's mask is dense
+        few = jax.tree.map(lambda a: a[:, :, -4:], tiles)
+        shape = {"block_q": block, "block_k": block}
+        want = block_sparse_attention(
+            *(a.astype(jnp.float32) for a in (q[:, sample], k, v)), few, **shape,
+            causal_offset=rows - 4 * block, implementation="reference",
+        )  # fmt: skip
+        for implementation in SPARSE:
+            if implementation.name == "reference":
+                continue
+
+            def run(q, k, v, tiles, name=implementation.name, shape=shape):
+                return block_sparse_attention(q, k, v, tiles, **shape, implementation=name)
+
+            try:
+                out, lse = jax.jit(run)(q, k, v, tiles)
+            except Unsupported as refusal:
+                report.note("block_sparse_attention", case, implementation.name, str(refusal))
+                continue
+            errors = relative_error(out[:, sample], want[0]), relative_error(lse[:, :, sample], want[1])
+            ms = device_ms(run, [(q, k, v, tiles)], repeats=8)
+            report.row(
+                "block_sparse_attention", case, implementation.name, ms, work, error_out=errors[0], error_lse=errors[1]
+            )
+
+
 BENCHES = {
     "flash_attention": bench_flash,
     "decode_attention": bench_decode,
     "retaining_score": bench_score,
     "select_topk": bench_select,
     "skinny_matmul": bench_skinny,
+    "block_sparse_attention": bench_sparse,
 }
 
 

@@ -8,6 +8,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.retaining_score import retaining_score
@@ -46,6 +47,14 @@ def skinny(implementation):
     return skinny_matmul(normal(0, 3, 576), stacks, 1, implementation=implementation)
 
 
+def sparse(implementation):
+    q, k, v = normal(0, 1, 150, 4, 64), normal(1, 1, 150, 2, 64), normal(2, 1, 150, 2, 64)
+    starts = jnp.broadcast_to(jnp.array([-7, 60, 124], jnp.int32), (1, 4, 3, 3))
+    counts, columns = jnp.full((1, 4, 3), 3, jnp.int32), jnp.full((1, 4, 3, 1), 58, jnp.int32)
+    tiles = KeyTiles(starts, counts, columns, jnp.ones((1, 4, 3), jnp.int32))
+    return block_sparse_attention(q, k, v, tiles, block_q=64, block_k=64, implementation=implementation)
+
+
 KERNELS = {
     "flash_mosaic": (flash, "mosaic_gpu"),
     "decode_mosaic": (decode, "mosaic_gpu"),
@@ -53,6 +62,7 @@ KERNELS = {
     "skinny_mosaic": (skinny, "mosaic_gpu"),
     "flash_triton": (flash, "triton"),
     "select_triton": (select, "triton"),
+    "sparse_triton": (sparse, "triton"),
 }
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import jax
 
+from pallas_kernels.block_sparse_attention import triton as triton_backend
 from pallas_kernels.block_sparse_attention.call import KeyTiles, make_call
 from pallas_kernels.block_sparse_attention.reference import reference
 from pallas_kernels.block_sparse_attention.xla import xla
 from pallas_kernels.dispatch import Implementation, accepts_all, choose
 
 IMPLEMENTATIONS = (
+    Implementation("triton", triton_backend.triton, triton_backend.refuse),
     Implementation("xla", xla, accepts_all),
     Implementation("reference", reference, accepts_all, automatic=False),
 )

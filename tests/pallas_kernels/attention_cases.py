@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.block_sparse_attention import KeyTiles
 from pallas_kernels.flash_attention import RowSegment
 
 
@@ -187,3 +188,22 @@ def check(case: Case, dtype, attend, seed: int = 0) -> tuple[float, float]:
     assert errors[0] <= 2 * max(error(plain_out, want_out), floor), (errors, error(plain_out, want_out))
     assert errors[1] <= 2 * max(error(plain_lse, want_lse), 1e-6), (errors, error(plain_lse, want_lse))
     return errors
+
+
+def random_tiles(rng, heads, rows, keys, block_q, block_k, aligned, columns):
+    """Disjoint windows per head and query tile, and single columns outside them."""
+    tiles = -(-rows // block_q)
+    places = keys // block_k
+    starts = np.zeros((1, heads, tiles, places), np.int32)
+    counts = rng.integers(0, places + 1, (1, heads, tiles)).astype(np.int32)
+    column = np.zeros((1, heads, tiles, 6), np.int32)
+    column_counts = np.zeros((1, heads, tiles), np.int32)
+    for h, t in np.ndindex(heads, tiles):
+        shift = 0 if aligned else int(rng.integers(0, 3))
+        starts[0, h, t] = rng.permutation(places) * block_k + shift
+        used = starts[0, h, t, : counts[0, h, t], None] + np.arange(block_k)
+        free = rng.permutation(np.setdiff1d(np.arange(keys), used))[:6] if columns else np.zeros(0, int)
+        column_counts[0, h, t] = len(free)
+        column[0, h, t, : len(free)] = free
+    arrays = (starts, counts, column, column_counts) if columns else (starts, counts)
+    return KeyTiles(*map(jnp.asarray, arrays))

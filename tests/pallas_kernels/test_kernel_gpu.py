@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, LONG_CASES, Case, apb_case, check, error, exact, make_inputs, plain
+from attention_cases import CASES, LONG_CASES, Case, apb_case, check, error, exact, make_inputs, plain, random_tiles
 
 from pallas_kernels import Unsupported
+from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.retaining_score import retaining_score
@@ -158,6 +159,33 @@ def test_select(rows, count, ties, implementation):
     np.testing.assert_array_equal(got[0], index)
     for chosen, source in zip(got[1:], (k, v), strict=True):
         np.testing.assert_array_equal(chosen, np.take_along_axis(np.asarray(source), index[..., None], axis=1))
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("rows", "keys", "block", "dim", "aligned", "columns"),
+    [
+        (1000, 1000, 64, 128, False, True),
+        (640, 1664, 128, 128, True, False),
+        (333, 333, 64, 64, False, True),
+        (2048, 2048, 128, 64, True, False),
+    ],
+)
+def test_block_sparse_attention(rows, keys, block, dim, aligned, columns, dtype, implementation):
+    rng = np.random.default_rng(0)
+    tiles = random_tiles(rng, 8, rows, keys, block, block, aligned, columns)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, n, h, dim)), dtype) for n, h in ((rows, 8), (keys, 2), (keys, 2)))
+    shape = {"block_q": block, "block_k": block, "causal_offset": keys - rows}
+    run = jax.jit(functools.partial(block_sparse_attention, **shape, implementation=implementation))
+    out, lse = run(q, k, v, tiles)
+    want = block_sparse_attention(
+        *(a.astype(jnp.float32) for a in (q, k, v)), tiles, **shape, implementation="reference"
+    )
+    plain_form = block_sparse_attention(q, k, v, tiles, **shape, implementation="reference")
+    assert error(out, want[0]) <= 2 * max(error(plain_form[0], want[0]), 2**-8)
+    assert error(lse, want[1]) <= 2 * max(error(plain_form[1], want[1]), 1e-6)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

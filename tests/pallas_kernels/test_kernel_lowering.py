@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from attention_cases import CASES, LONG_CASES, apb_case
 
+from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.device import HOPPER, assume
 from pallas_kernels.flash_attention import flash_attention
@@ -159,6 +160,22 @@ def test_select():
 
     kv = jax.ShapeDtypeStruct((1, 300, 8, 128), jnp.bfloat16)
     assert "triton" in lower_triton(run, jax.ShapeDtypeStruct((1, 300, 8), jnp.float32), kv, kv)
+
+
+@lowered_only
+@pytest.mark.kernel
+@triton_is_deprecated
+@pytest.mark.parametrize(("block_q", "block_k", "columns"), [(64, 64, True), (128, 128, False)])
+def test_block_sparse_attention_triton(block_q, block_k, columns):
+    def run(q, k, v, *tiles):
+        return block_sparse_attention(
+            q, k, v, KeyTiles(*tiles), block_q=block_q, block_k=block_k, implementation="triton"
+        )
+
+    q, kv = (jax.ShapeDtypeStruct((1, 1000, heads, 128), jnp.bfloat16) for heads in (8, 2))
+    lead = (1, 8, -(-1000 // block_q))
+    entries, counts = jax.ShapeDtypeStruct((*lead, 9), jnp.int32), jax.ShapeDtypeStruct(lead, jnp.int32)
+    assert "triton" in lower_triton(run, q, kv, kv, *((entries, counts) * (1 + columns)))
 
 
 @lowered_only

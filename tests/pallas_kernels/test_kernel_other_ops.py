@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, error, exact, plain
+from attention_cases import Case, error, exact, plain, random_tiles
 
 from pallas_kernels import KernelInputError, Unsupported
 from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
@@ -206,25 +206,6 @@ def test_scores_and_selection_in_shard_map(check_vma):
 
     for got, want in zip(in_shard_map(run, check_vma)(x, w1, w2, k), run(x, w1, w2, k), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
-
-
-def random_tiles(rng, heads, rows, keys, block_q, block_k, aligned, columns):
-    """Disjoint windows per head and query tile, and single columns outside them."""
-    tiles = -(-rows // block_q)
-    places = keys // block_k
-    starts = np.zeros((1, heads, tiles, places), np.int32)
-    counts = rng.integers(0, places + 1, (1, heads, tiles)).astype(np.int32)
-    column = np.zeros((1, heads, tiles, 6), np.int32)
-    column_counts = np.zeros((1, heads, tiles), np.int32)
-    for h, t in np.ndindex(heads, tiles):
-        shift = 0 if aligned else int(rng.integers(0, 3))
-        starts[0, h, t] = rng.permutation(places) * block_k + shift
-        used = starts[0, h, t, : counts[0, h, t], None] + np.arange(block_k)
-        free = rng.permutation(np.setdiff1d(np.arange(keys), used))[:6] if columns else np.zeros(0, int)
-        column_counts[0, h, t] = len(free)
-        column[0, h, t, : len(free)] = free
-    arrays = (starts, counts, column, column_counts) if columns else (starts, counts)
-    return KeyTiles(*map(jnp.asarray, arrays))
 
 
 @pytest.mark.kernel

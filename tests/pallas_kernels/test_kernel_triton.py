@@ -3,9 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, apb_case, check
+from attention_cases import Case, apb_case, check, error, random_tiles
 from triton_emulator import emulated
 
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention.call import make_call as block_sparse_call
+from pallas_kernels.block_sparse_attention.triton import triton as block_sparse
 from pallas_kernels.flash_attention.call import make_call
 from pallas_kernels.flash_attention.triton import forward
 from pallas_kernels.select.call import SelectCall
@@ -45,3 +48,24 @@ def test_select(rows, count, ties):
     np.testing.assert_array_equal(got[0], index)
     for chosen, source in zip(got[1:], (k, v), strict=True):
         np.testing.assert_array_equal(chosen, np.take_along_axis(np.asarray(source), index[..., None], axis=1))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("rows", "keys", "block_q", "block_k", "aligned", "columns"),
+    [(43, 61, 16, 16, True, False), (43, 61, 16, 16, False, True), (70, 140, 32, 128, True, False)],
+)
+def test_block_sparse(rows, keys, block_q, block_k, aligned, columns):
+    rng = np.random.default_rng(2)
+    tiles = random_tiles(rng, 4, rows, keys, block_q, block_k, aligned, columns)
+    q = jnp.asarray(rng.standard_normal((1, rows, 4, 16)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((1, keys, 2, 16)), jnp.bfloat16) for _ in range(2))
+    with emulated():
+        out, lse = block_sparse(block_sparse_call(q, k, v, tiles, block_q, block_k, keys - rows, None))
+    shape = {"block_q": block_q, "block_k": block_k, "causal_offset": keys - rows}
+    want, plain = (
+        block_sparse_attention(*(a.astype(dtype) for a in (q, k, v)), tiles, **shape, implementation=name)
+        for dtype, name in ((jnp.float32, "reference"), (jnp.bfloat16, "xla"))
+    )
+    assert error(out, want[0]) <= 2 * max(error(plain[0], want[0]), 2**-8)
+    assert error(lse, want[1]) <= 1e-5

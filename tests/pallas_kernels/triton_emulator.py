@@ -31,7 +31,7 @@ class Ref:
         return self
 
     def __getitem__(self, index):
-        return Window(self.array, index)
+        return Window(self.array, index if isinstance(index, tuple) else (index,))
 
 
 def _places(window, mask):
