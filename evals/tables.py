@@ -9,6 +9,9 @@ from rich.table import Table as RichTable
 
 from evals.ruler.scoring import effective_length, weighted_averages
 
+ROW_NAMES = ("task", "length", "samples", "method")
+"""Columns that say what a row is about; the others hold what was measured."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -128,13 +131,25 @@ def print_metrics(benchmark: str, metrics: Mapping[str, Mapping[str, Any]], cons
         tables = [score_tables(metrics)[0]]
     else:
         tables = [_narrow_score_table(metrics), score_tables(metrics)[0]]
-    for table in tables:
+    for table in [part for whole in tables for part in fitting(whole, console.width)]:
         shown = RichTable()
         for i, name in enumerate(table.header):
             shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
+
+
+def fitting(table: Table, width: int) -> list[Table]:
+    """The table cut between columns into as many as ``width`` characters need; each begins with what names its rows."""
+    sizes = [max(map(len, column)) + 3 for column in zip(table.header, *table.rows, strict=True)]
+    keys = next(n for n, name in enumerate((*table.header, "")) if name not in ROW_NAMES)
+    groups: list[list[int]] = [[]]
+    for number in range(keys, len(sizes)):
+        if groups[-1] and sum(sizes[:keys]) + sum(sizes[n] for n in (*groups[-1], number)) + 1 > width:
+            groups.append([])
+        groups[-1].append(number)
+    return [_columns(table, [*range(keys), *group]) for group in groups]
 
 
 def _narrow_score_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -145,10 +160,13 @@ def _narrow_score_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
         cells = [found.get((task, length, method)) for method in metrics]
         samples = "/".join(sorted({str(cell["samples"]) for cell in cells if cell}))
         scores = [f"{cell['score']:.1f} ± {cell['standard_error']:.1f}" if cell else "" for cell in cells]
-        rows.append((task, length_name(length), *scores, samples))
-    return Table(("task", "length", *metrics, "samples"), tuple(rows))
+        rows.append((task, length_name(length), samples, *scores))
+    return Table(("task", "length", "samples", *metrics), tuple(rows))
 
 
 def _without(table: Table, columns: Sequence[str]) -> Table:
-    keep = [i for i, name in enumerate(table.header) if name not in columns]
+    return _columns(table, [i for i, name in enumerate(table.header) if name not in columns])
+
+
+def _columns(table: Table, keep: Sequence[int]) -> Table:
     return Table(tuple(table.header[i] for i in keep), tuple(tuple(row[i] for i in keep) for row in table.rows))

@@ -1,15 +1,17 @@
 """Reports: files, plots, one page without a network, and no table that mixes what may not be compared."""
 
 import base64
+import io
 import json
 import re
 
 import pytest
 from fake_system import run
+from rich.console import Console
 
 from evals.base import EvalError
 from evals.report import find_runs, write_report
-from evals.tables import length_name
+from evals.tables import length_name, print_metrics
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -123,3 +125,21 @@ def test_folders_without_runs_are_refused(tmp_path):
 
 def test_length_names():
     assert [length_name(n) for n in (4096, 131072, 1048576, 5000, 1536)] == ["4K", "128K", "1M", "5000", "1536"]
+
+
+def test_a_narrow_terminal_gets_several_tables_and_no_cut_cell():
+    """Twelve methods in 80 columns: no line is longer, and every score stands on one line with its method above."""
+    methods = [f"method_number_{i}" for i in range(12)]
+
+    def result(i):
+        scores = [{"task": task, "length": n, "score": i + n / 1e5, "standard_error": 1.0, "samples": 64}
+                  for task in ("niah_multikey_1", "qa_2") for n in (4096, 8192)]  # fmt: skip
+        means = {str(n): {"score": i + n / 1e5, "tasks": 2} for n in (4096, 8192)}
+        return {"results": scores, "mean_by_length": means}
+
+    out = io.StringIO()
+    print_metrics("ruler", {m: result(i) for i, m in enumerate(methods)}, Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(sum(m in line.split() for line in lines) == 2 for m in methods)  # as a column, and in the table of means
+    assert sum(line.count(f"{11 + 0.04096:.1f} ± 1.0") for line in lines) == 2
