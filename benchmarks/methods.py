@@ -46,8 +46,9 @@ def seen_keys(method: AttentionMethod, layout: Layout, tokens: int, shards: int)
     block = layout.block_capacity
     if isinstance(method, APB):
         anchor = method.anchor_tokens
+        own = anchor / shards if method.shared_anchor else anchor
         passed = (shards - 1) * method.passing_tokens
-        return anchor**2 / 2 + block * (anchor + passed) + block**2 / 2
+        return own * (anchor - own / 2) + block * (anchor + passed) + block**2 / 2
     if isinstance(method, Star) and method.name != "starx_sparse":
         anchor = layout.segments[0][1]
         size = method.block_tokens or block
@@ -91,7 +92,7 @@ def main() -> None:
     config = model.config
     kernels = Kernels(None if args.kernels == "auto" else args.kernels)
     rng = np.random.default_rng(0)
-    tokens = args.seq - RANDOM_QUERY_TOKENS
+    tokens = args.seq - RANDOM_QUERY_TOKENS - 1  # and one new token
     ids = [rng.integers(0, config.vocab_size, n) for n in (tokens, RANDOM_QUERY_TOKENS)]
     devices = args.sp or len(jax.devices())
     ceiling = matmul_ceiling(min(args.seq, 20480), config.hidden_size, 2 * config.intermediate_size)

@@ -193,7 +193,7 @@ def test_json_is_the_last_line(
     assert result["peak_bytes_per_device"] > 0
     if "--compare" in options:
         assert [other["method"] for other in result["compare"]] == ["full", "ring", "streaming"]
-        assert result["collectives_per_layer"] == {"all_gather": 1}
+        assert result["collectives_per_layer"] == {"all_gather": 1, "psum": 1}
         assert [other["mesh"]["sp"] for other in result["compare"]] == [2, 2, 1]
         assert result["method"] == "apb"
         for other in result["compare"]:

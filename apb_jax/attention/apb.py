@@ -36,8 +36,9 @@ class APB(AttentionMethod):
     ``query_at``: index in the anchor where the query is embedded; None: behind the chat template's opening, which the
     engine knows (0 without one). ``scorer``: "heads" (trained retaining heads) or "query" (training-free).
     ``passing_tokens=0`` passes nothing (anchor only).
-    ``shared_anchor``: an exact rewrite of ours. The anchor sees only itself, so each shard computes 1 / N of its rows,
-    and keys and values travel with the selected ones, instead of every shard computing all of it.
+    ``shared_anchor``: an exact rewrite of ours, which a method given by name uses. The anchor sees only itself, so each
+    shard computes 1 / N of its rows, and keys and values travel with the selected ones, instead of every shard
+    computing all of it.
     """
 
     anchor_tokens: int

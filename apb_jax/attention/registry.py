@@ -61,7 +61,7 @@ def _apb(request: Request, options: dict[str, Any]) -> AttentionMethod:
         passing = max(0, min(row.passing_tokens, block - anchor))
     scorer = options.get("scorer") or ("heads" if request.has_heads else "query")
     decided = {"anchor_tokens": anchor, "passing_tokens": passing, "query_at": query_at, "scorer": scorer}
-    return APB(**(options | decided))
+    return APB(**({"shared_anchor": True} | options | decided))
 
 
 def _given(method: type[AttentionMethod]) -> Callable[[Request, dict[str, Any]], AttentionMethod]:
