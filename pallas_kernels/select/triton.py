@@ -19,7 +19,8 @@ from pallas_kernels.device import Device
 from pallas_kernels.select.call import SelectCall
 
 MOST_ROWS = 32768  # one program holds them all in registers, and two 16-bit counts share a word
-PLACE_ROWS, PLACE_CHUNK = 64, 1024  # rows that a program of the second kernel places, and compares them with at once
+PLACE_ROWS = 64  # rows that a program of the second kernel places
+PLACE_CHUNK = 1024  # rows that it compares them with at once
 LOWEST = np.int32(-(2**31))
 
 
