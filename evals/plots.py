@@ -12,6 +12,8 @@ from evals.tables import length_name
 # Okabe and Ito's colours: told apart by colour-blind readers, in grey print by their order.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B", "#9467BD")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GLYPHS = ("●■▲◆▼✚✖★", "○□△◇▽✢✕☆")
+"""The markers as characters: filled for the first methods, open for those that use the colours a second time."""
 
 # Low to high, the colours of the original needle pictures.
 NEEDLE_COLOURS = ("#F0496E", "#EBB839", "#0CD79F")
@@ -71,10 +73,9 @@ def _end_labels(axis, ends: Sequence[tuple[str, float, float, str]], *, log: boo
     low, high = axis.get_ylim()
     to, back = (np.log10, lambda v: 10**v) if log else (float, float)
     gap = (to(high) - to(low)) * 0.055
-    placed: list[float] = []
-    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
-        height = to(y) if not placed else max(to(y), placed[-1] + gap)
-        placed.append(height)
+    ends = sorted(ends, key=lambda end: end[2])
+    heights = spread([float(to(end[2])) for end in ends], gap, float(to(low)))
+    for (name, x, _, colour), height in zip(ends, heights, strict=True):
         axis.annotate(
             name,
             (x, back(height)),
@@ -85,6 +86,30 @@ def _end_labels(axis, ends: Sequence[tuple[str, float, float, str]], *, log: boo
             fontweight="bold",
             annotation_clip=False,
         )
+
+
+def spread(heights: Sequence[float], gap: float, bottom: float) -> list[float]:
+    """Ascending heights moved as little as it takes to lie ``gap`` apart: those too close stand around their middle."""
+    groups: list[list[float]] = []
+
+    def first(group: list[float]) -> float:
+        return max(bottom, sum(group) / len(group) - gap * (len(group) - 1) / 2)
+
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and first(groups[-2]) + gap * len(groups[-2]) > first(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    return [first(group) + gap * i for group in groups for i in range(len(group))]
+
+
+def _line(axis, number: int, x, y, label: str) -> tuple[str, float, float, str]:
+    """The ``number``-th method's line; returns what its label needs. Two rounds of colours look different."""
+    again, style = divmod(number, len(COLOURS))
+    colour, marker = COLOURS[style], MARKERS[style % len(MARKERS)]
+    face, dashes = (colour, "-") if not again else ("white", "--")
+    axis.plot(x, y, dashes, color=colour, marker=marker, markersize=8, markerfacecolor=face, linewidth=2.4)
+    return f"{GLYPHS[min(again, 1)][style % len(MARKERS)]} {label}", x[-1], y[-1], colour
 
 
 def score_over_length(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> Path:
@@ -103,8 +128,7 @@ def score_over_length(metrics: Mapping[str, Mapping[str, Any]], title: str, path
         colour = COLOURS[i % len(COLOURS)]
         if len(x) > 1:
             axis.fill_between(x, y - error, np.minimum(100, y + error), color=colour, alpha=0.15, linewidth=0)
-        axis.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=8, linewidth=2.4)
-        ends.append((f"{method}  {y[-1]:.1f}", x[-1], y[-1], colour))
+        ends.append(_line(axis, i, x, y, f"{method}  {y[-1]:.1f}"))
     axis.set_ylim(0, 104)
     axis.set_ylabel("mean score (%)")
     _length_axis(axis, lengths)
@@ -212,9 +236,7 @@ def latency_over_length(metrics: Mapping[str, Mapping[str, Any]], title: str, pa
             if not points:
                 continue
             x, y = np.array(points).T
-            colour = COLOURS[i % len(COLOURS)]
-            axis.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=8, linewidth=2.4)
-            ends.append((method, x[-1], y[-1], colour))
+            ends.append(_line(axis, i, x, y, method))
         axis.set_yscale("log")
         axis.set_ylabel(label)
         _length_axis(axis, lengths)
@@ -245,9 +267,7 @@ def perplexity_over_position(metrics: Mapping[str, Mapping[str, Any]], title: st
     ends = []
     for i, (method, result) in enumerate(metrics.items()):
         x, y = np.array([(r["length"], r["perplexity"]) for r in result["results"]]).T
-        colour = COLOURS[i % len(COLOURS)]
-        axis.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=8, linewidth=2.4)
-        ends.append((f"{method}  {y[-1]:.2f}", x[-1], y[-1], colour))
+        ends.append(_line(axis, i, x, y, f"{method}  {y[-1]:.2f}"))
     axis.set_ylabel("perplexity")
     axis.margins(y=0.25)
     axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))

@@ -4,12 +4,14 @@ import base64
 import io
 import json
 import re
+from itertools import pairwise
 
 import pytest
 from fake_system import run
 from rich.console import Console
 
 from evals.base import EvalError
+from evals.plots import spread
 from evals.report import find_runs, write_report
 from evals.tables import length_name, print_metrics
 
@@ -143,3 +145,10 @@ def test_a_narrow_terminal_gets_several_tables_and_no_cut_cell():
     assert max(map(len, lines)) <= 80
     assert all(sum(m in line.split() for line in lines) == 2 for m in methods)  # as a column, and in the table of means
     assert sum(line.count(f"{11 + 0.04096:.1f} ± 1.0") for line in lines) == 2
+
+
+def test_labels_are_spread_around_their_middle():
+    assert spread([0.0, 40.0, 41.0, 42.0, 90.0], 5.0, 0.0) == [0.0, 36.0, 41.0, 46.0, 90.0]
+    assert spread([0.0, 0.0, 1.0], 5.0, 0.0) == [0.0, 5.0, 10.0]
+    crowded = spread([40.0 + n / 10 for n in range(12)], 5.0, 0.0)
+    assert all(b - a >= 5.0 - 1e-9 for a, b in pairwise(crowded))
