@@ -50,6 +50,16 @@ def assume(device: Device) -> Iterator[None]:
         _assumed.reset(token)
 
 
+def refuse_before_ampere(device: Device) -> str | None:
+    """The reason why attention on tensor cores in bfloat16 cannot run on ``device``, or None if it can."""
+    if device.platform != "gpu" or device.compute_capability is None:
+        return f"needs an NVIDIA GPU, the default device is {device.name}"
+    if device.compute_capability < (8, 0):
+        major, minor = device.compute_capability
+        return f"needs compute capability 8.0 or newer, {device.name} has {major}.{minor}"
+    return None
+
+
 def refuse_unless_hopper(device: Device) -> str | None:
     """The reason why a Hopper kernel (wgmma, TMA) cannot run on ``device``, or None if it can."""
     if device.platform != "gpu" or device.compute_capability is None:

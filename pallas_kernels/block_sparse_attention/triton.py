@@ -15,7 +15,7 @@ from jax import lax
 
 from pallas_kernels.block_sparse_attention.call import BlockSparseCall
 from pallas_kernels.compat import array_type
-from pallas_kernels.device import Device
+from pallas_kernels.device import Device, refuse_before_ampere
 
 STEP_KEYS = 64
 LOG2_E = math.log2(math.e)
@@ -24,10 +24,8 @@ MOST_ELEMENTS = 2**31  # offsets are 32 bits wide
 
 def refuse(call: BlockSparseCall, device: Device) -> str | None:
     """Why the kernel cannot serve the call on the device, or None if it can."""
-    if device.platform != "gpu" or device.compute_capability is None:
-        return f"needs an NVIDIA GPU, the default device is {device.name}"
-    if device.compute_capability < (8, 0):
-        return f"needs compute capability 8.0 or newer, {device.name} has {device.compute_capability}"
+    if reason := refuse_before_ampere(device):
+        return reason
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, q has {call.q.dtype}"
     if (dim := call.q.shape[-1]) not in (16, 32, 64, 128):

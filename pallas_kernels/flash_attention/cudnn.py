@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-from pallas_kernels.device import Device
+from pallas_kernels.device import Device, refuse_before_ampere
 from pallas_kernels.flash_attention.call import AttentionCall
 from pallas_kernels.flash_attention.rows import RowSegment, per_batch, static
 
@@ -75,13 +75,11 @@ def _cut(call: AttentionCall) -> tuple[list[Piece], str | None]:
 
 def refuse(call: AttentionCall, device: Device) -> str | None:
     """Why cuDNN cannot serve the call on the device, or None if it can."""
-    if device.platform != "gpu" or device.compute_capability is None:
-        return f"needs an NVIDIA GPU, the default device is {device.name}"
-    if device.compute_capability < (8, 0):
-        return f"needs compute capability 8.0 or newer, {device.name} has {device.compute_capability}"
+    if reason := refuse_before_ampere(device):
+        return reason
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, q has {call.q.dtype}"
-    limit = 256 if device.compute_capability >= (9, 0) else 128
+    limit = 256 if (device.compute_capability or ()) >= (9, 0) else 128
     if (dim := call.q.shape[-1]) % 8 or dim > limit:
         return f"takes head dimensions that are multiples of 8 up to {limit}, q has {dim}"
     return _cut(call)[1]

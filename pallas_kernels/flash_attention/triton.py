@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import array_type
-from pallas_kernels.device import Device
+from pallas_kernels.device import Device, refuse_before_ampere
 from pallas_kernels.flash_attention import work
 from pallas_kernels.flash_attention.call import AttentionCall
 from pallas_kernels.flash_attention.recompute import with_recomputed_gradient
@@ -25,10 +25,8 @@ LOG2_E = math.log2(math.e)
 
 def refuse(call: AttentionCall, device: Device) -> str | None:
     """Why the kernel cannot serve the call on the device, or None if it can."""
-    if device.platform != "gpu" or device.compute_capability is None:
-        return f"needs an NVIDIA GPU, the default device is {device.name}"
-    if device.compute_capability < (8, 0):
-        return f"needs compute capability 8.0 or newer, {device.name} has {device.compute_capability}"
+    if reason := refuse_before_ampere(device):
+        return reason
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, q has {call.q.dtype}"
     if (dim := call.q.shape[-1]) not in (16, 32, 64, 128):
