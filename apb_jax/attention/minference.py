@@ -178,8 +178,13 @@ class MInference(AttentionMethod):
             if (table.types == TYPES.index("block_sparse")).any():
                 blocks = block_sparse_tiles(q, k, shard.block_rows, self.block_top_k)
                 is_block = (types == TYPES.index("block_sparse"))[None, :, None]
+                width = max(blocks.starts.shape[-1], tiles.starts.shape[-1])
+
+                def wide(starts: Array) -> Array:
+                    return jnp.pad(starts, ((0, 0), (0, 0), (0, 0), (0, width - starts.shape[-1])))
+
                 tiles = KeyTiles(
-                    jnp.where(is_block[..., None], blocks.starts, tiles.starts),
+                    jnp.where(is_block[..., None], wide(blocks.starts), wide(tiles.starts)),
                     jnp.where(is_block, blocks.counts, tiles.counts),
                     tiles.columns,
                     None if tiles.column_counts is None else jnp.where(is_block, 0, tiles.column_counts),

@@ -42,6 +42,8 @@ def _windows(
 ) -> tuple[Int[Array, " slots"], Int[Array, ""]]:
     """Starts, ascending, of the disjoint windows of TILE keys for the rows before ``end``; and how many.
 
+    ``slots``: as many as there are distances are enough.
+
     ``distances`` descend; those of ``end`` or more are unused. A window more than TILE behind the last range opens a
     new range, one that reaches beyond it extends it by a whole TILE: so every step adds one window or none.
     """
@@ -63,6 +65,11 @@ def _windows(
     return starts, count
 
 
+def slots_for(tiles: int, slashes: int) -> int:
+    """Windows that a tile can need: every distance adds one at most, and so many fill the prompt."""
+    return min(tiles + 1, slashes)
+
+
 def vertical_slash_tiles(
     q: Float[Array, "B S H D"],
     k: Float[Array, "B S K D"],
@@ -74,6 +81,8 @@ def vertical_slash_tiles(
 ) -> KeyTiles:
     """Windows around the chosen slashes and the chosen columns outside them; S a multiple of TILE.
 
+    A tile has ``slots_for(tiles, most_slash)`` windows at most.
+
     ``rows``: rows that exist. ``vertical`` and ``slash``: how many lines each head takes, at most the static maxima.
     """
     batch, length, heads, _ = q.shape
@@ -81,6 +90,7 @@ def vertical_slash_tiles(
     tiles = length // TILE
     v_max = min(length, max(most_vertical, LEAST_VERTICAL))
     s_max = min(length, max(most_slash, LEAST_SLASH))
+    slots = slots_for(tiles, s_max)
     ends = (jnp.arange(tiles, dtype=jnp.int32) + 1) * TILE
 
     def lines(place: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -97,12 +107,12 @@ def vertical_slash_tiles(
 
     def tile(columns: Array, distances: Array, end: Array) -> tuple[Array, ...]:
         """Windows and the columns outside them for the rows before ``end``."""
-        starts, count = _windows(distances, end, tiles + 1)
+        starts, count = _windows(distances, end, slots)
         before = jnp.searchsorted(starts, columns, side="right") - 1
         covered = (before >= 0) & (columns < starts[jnp.maximum(before, 0)] + TILE)
         kept = (columns < end) & ~covered
         order = jnp.argsort(~kept, stable=True)
-        starts = jnp.where(jnp.arange(tiles + 1) < count, starts, 0)
+        starts = jnp.where(jnp.arange(slots) < count, starts, 0)
         return starts, count, columns[order], kept.sum(dtype=jnp.int32)
 
     places = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.int32) for n in (batch, heads)), indexing="ij")
@@ -137,5 +147,4 @@ def block_sparse_tiles(
     limit = jnp.broadcast_to(limit, (batch, heads, tiles))
     index = jnp.sort(jnp.where(jnp.arange(width) < limit[..., None], index, tiles), axis=-1)
     starts = jnp.where(index == tiles, 0, index) * TILE
-    starts = jnp.pad(starts, ((0, 0), (0, 0), (0, 0), (0, tiles + 1 - width)))
     return KeyTiles(starts, limit)

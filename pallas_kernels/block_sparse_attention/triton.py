@@ -4,6 +4,7 @@ One program for one query tile of one head, as in MInference's own kernel (arXiv
 all rows see entirely, one over the windows that need a mask, one over gathered columns; an online softmax through all.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -32,9 +33,24 @@ def refuse(call: BlockSparseCall, device: Device) -> str | None:
         return f"takes head dimension 16, 32, 64 or 128, q has {dim}"
     if call.block_q not in (16, 32, 64, 128) or call.block_k not in (16, 32, 64, 128):
         return f"takes tiles of 16, 32, 64 or 128 rows and keys, not {call.block_q} and {call.block_k}"
-    if (largest := max(call.q.size, call.k.size, call.tiles.starts.size)) >= MOST_ELEMENTS:
-        return f"takes arrays of less than 2^31 elements, one has {largest}"
+    if (most := _elements_per_kv_head(call)) >= MOST_ELEMENTS:
+        return f"takes less than 2^31 elements a KV head, one array has {most}"
     return None
+
+
+def _elements_per_kv_head(call: BlockSparseCall) -> int:
+    """Of the largest array."""
+    arrays = (call.q, call.k, *jax.tree.leaves(call.tiles))
+    return max(array.size for array in arrays) // call.k.shape[2]
+
+
+def _of_kv_heads(call: BlockSparseCall, first: int, count: int) -> BlockSparseCall:
+    """The call for ``count`` KV heads from ``first`` on and the query heads that use them."""
+    group = call.q.shape[2] // call.k.shape[2]
+    mine, heads = slice(first, first + count), slice(first * group, (first + count) * group)
+    k, v = call.k[:, :, mine], call.v[:, :, mine]
+    tiles = jax.tree.map(lambda a: a[:, heads], call.tiles)
+    return dataclasses.replace(call, q=call.q[:, :, heads], k=k, v=v, tiles=tiles)
 
 
 def _kernel(starts, counts, full, columns, column_counts, offsets, q_ref, k_ref, v_ref, out_ref, lse_ref, *, call):
@@ -108,7 +124,16 @@ def entire_windows(call: BlockSparseCall) -> jax.Array:
 
 
 def triton(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:
-    """out [B, S, H, D] in q's dtype and lse_nat float32 [B, H, S]."""
+    """out [B, S, H, D] in q's dtype and lse_nat float32 [B, H, S]; some KV heads at a time where all are too many."""
+    heads = call.k.shape[2]
+    count = (MOST_ELEMENTS - 1) // _elements_per_kv_head(call)
+    if count >= heads:
+        return _launch(call)
+    parts = [_launch(_of_kv_heads(call, first, min(count, heads - first))) for first in range(0, heads, count)]
+    return jnp.concatenate([out for out, _ in parts], axis=2), jnp.concatenate([lse for _, lse in parts], axis=1)
+
+
+def _launch(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:
     batch, rows, heads, dim = call.q.shape
     tiles = call.tiles
     lines = () if tiles.columns is None else (tiles.columns, tiles.column_counts)

@@ -7,8 +7,8 @@ from attention_cases import Case, apb_case, check, error, random_tiles
 from triton_emulator import emulated
 
 from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import triton as block_sparse_triton
 from pallas_kernels.block_sparse_attention.call import make_call as block_sparse_call
-from pallas_kernels.block_sparse_attention.triton import triton as block_sparse
 from pallas_kernels.flash_attention.call import make_call
 from pallas_kernels.flash_attention.triton import forward
 from pallas_kernels.select.call import SelectCall
@@ -52,16 +52,23 @@ def test_select(rows, count, ties):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(
-    ("rows", "keys", "block_q", "block_k", "aligned", "columns"),
-    [(43, 61, 16, 16, True, False), (43, 61, 16, 16, False, True), (70, 140, 32, 128, True, False)],
+    ("rows", "keys", "block_q", "block_k", "aligned", "columns", "most_elements"),
+    [
+        (43, 61, 16, 16, True, False, None),
+        (43, 61, 16, 16, False, True, None),
+        (43, 61, 16, 16, False, True, 2000),
+        (70, 140, 32, 128, True, False, None),
+    ],
 )
-def test_block_sparse(rows, keys, block_q, block_k, aligned, columns):
+def test_block_sparse(rows, keys, block_q, block_k, aligned, columns, most_elements, monkeypatch):
     rng = np.random.default_rng(2)
     tiles = random_tiles(rng, 4, rows, keys, block_q, block_k, aligned, columns)
     q = jnp.asarray(rng.standard_normal((1, rows, 4, 16)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((1, keys, 2, 16)), jnp.bfloat16) for _ in range(2))
+    if most_elements is not None:  # fewer than both KV heads need, more than one does: two launches
+        monkeypatch.setattr(block_sparse_triton, "MOST_ELEMENTS", most_elements)
     with emulated():
-        out, lse = block_sparse(block_sparse_call(q, k, v, tiles, block_q, block_k, keys - rows, None))
+        out, lse = block_sparse_triton.triton(block_sparse_call(q, k, v, tiles, block_q, block_k, keys - rows, None))
     shape = {"block_q": block_q, "block_k": block_k, "causal_offset": keys - rows}
     want, plain = (
         block_sparse_attention(*(a.astype(dtype) for a in (q, k, v)), tiles, **shape, implementation=name)
