@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -342,13 +343,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     # transformers advises everybody without PyTorch to install it; only its tokenizers are used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
     try:
+        if _names_general_tokenizer(folder):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {folder} does not load: {line}") from error
+
+
+def _names_general_tokenizer(folder: Path) -> bool:
+    """Whether the folder asks for the class that needs nothing but tokenizer.json.
+
+    AutoTokenizer would choose the same, after importing code of models, and PyTorch where it is installed: seconds.
+    """
+    config = folder / "tokenizer_config.json"
+    if not config.exists() or not (folder / "tokenizer.json").exists():
+        return False
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    return isinstance(settings, dict) and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
 
 
 def _flat(state: Any) -> list[tuple[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import ROOT
 from hf_checkpoints import tiny_config, write_checkpoint
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
-from apb_jax.checkpoint import load
+from apb_jax.checkpoint import load, load_tokenizer
 from apb_jax.errors import UserError
 from apb_jax.presets import MODELS
 from converters import stream
@@ -282,3 +285,18 @@ def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             load(name)
     with pytest.raises(UserError, match="no such file, and no hub id"):
         load(write_checkpoint(tmp_path / "model"), heads="heads.bin")
+
+
+def test_a_general_tokenizer_is_the_one_that_transformers_chooses() -> None:
+    """It loads without AutoTokenizer's imports: starting with the packaged model needs no PyTorch, even where it is."""
+    from transformers import AutoTokenizer
+
+    folder = ROOT / "apb_jax" / "tiny"
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert type(ours) is type(theirs)
+    assert ours is not None
+    text = "The pass key of Zoë is 8,652,300,018.\n\tVAR ABCDE = 5"
+    assert ours(text) == theirs(text)
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    loaded = "import sys, apb_jax; apb_jax.load('tiny'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, check=False).returncode == 0
