@@ -1,4 +1,4 @@
-"""The RULER tables of the model card and the README say what the measured scores say."""
+"""The tables of RULER and of the rivals, in the model card and the README, say what the measured scores say."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from statistics import mean
 import pytest
 from helpers import ROOT
 
+from apb_jax.attention.registry import METHODS
+from apb_jax.tiny.evaluate import share
+
 CARD = (ROOT / "apb_jax" / "tiny" / "README.md").read_text()
 README = (ROOT / "README.md").read_text()
-CELLS = json.loads((ROOT / "benchmarks" / "results" / "tiny_ruler.json").read_text())["cells"]
+RESULTS = ROOT / "benchmarks" / "results"
+RIVALS = json.loads((RESULTS / "tiny_card.json").read_text())["cells"]
+CELLS = json.loads((RESULTS / "tiny_ruler.json").read_text())["cells"]
 NEEDLES = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multivalue", "niah_multiquery")
 
 
@@ -53,3 +58,18 @@ def test_the_readme() -> None:
         tokens = 1024 * int(length.removesuffix("K"))
         means = [mean(score(method, task, tokens) for task in NEEDLES) for method in cells_of(header)[1:]]
         assert shown == [f"{value:.1f}" for value in means]
+
+
+@pytest.mark.parametrize("text", [CARD, README], ids=["card", "readme"])
+def test_the_rivals(text: str) -> None:
+    """Four tasks at 8K: shares and intervals of every method that was measured, full attention first."""
+    table = re.search(r"^\| 8192 tokens \| single \| multikey .*?\n\n", text, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    header, _, *rows = table.group().strip().splitlines()
+    tasks = [name for name in cells_of(header)[1:] if name != "measured on"]
+    for row in rows:
+        method, *shown = cells_of(row)
+        assert shown[: len(tasks)] == [share(RIVALS[f"{method}/{task}/8192"]) for task in tasks], method
+    methods = [cells_of(row)[0] for row in rows]
+    assert methods[0] == "full"
+    assert set(methods) == {c["method"] for c in RIVALS.values() if c["tokens"] == 8192} & {"apb-heads", *METHODS}
