@@ -12,7 +12,7 @@ from evals.tables import length_name
 # Okabe and Ito's colours: told apart by colour-blind readers, in grey print by their order.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B", "#9467BD")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-GLYPHS = ("●■▲◆▼✚✖★", "○□△◇▽✢✕☆")
+GLYPHS = "●■▲◆▼✚✖★", "○□△◇▽✢✕☆"
 """The markers as characters: filled for the first methods, open for those that use the colours a second time."""
 
 # Low to high, the colours of the original needle pictures.

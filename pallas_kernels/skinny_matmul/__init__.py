@@ -1,4 +1,4 @@
-"""A few rows times one matrix of a stack (the projections of a decoding step)."""
+"""A few rows times matrices of one layer of their stacks (the projections of a decoding step)."""
 
 from pallas_kernels.skinny_matmul.api import IMPLEMENTATIONS, skinny_matmul
 
