@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apb_jax.attention import APB, Full, MethodSpec
-    from apb_jax.checkpoint import LoadedModel, load
     from apb_jax.engine import Answer, Engine
     from apb_jax.errors import UserError
     from apb_jax.mesh import make_mesh
     from apb_jax.sampling import Sampler
+    from apb_jax.weights.checkpoint import LoadedModel, load
 
 __version__ = "0.1.0"
 __all__ = ["APB", "Answer", "Engine", "Full", "LoadedModel", "MethodSpec", "Sampler", "UserError", "load", "make_mesh"]

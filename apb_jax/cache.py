@@ -10,27 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from apb_jax.attention.inputs import CachedLayer
 from apb_jax.mesh import SP, TP
 from apb_jax.model.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class CachedLayer:
-    """One layer of a cache, left in its stack: few rows attend to it where it lies."""
-
-    k: Float[Array, "L B rows K D"]
-    v: Float[Array, "L B rows K D"]
-    layer: Int[Array, ""]
-
-    def alone(self) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
-        """K and V of this layer, as copies unless XLA fuses them."""
-        take = jax.lax.dynamic_index_in_dim
-        return take(self.k, self.layer, keepdims=False), take(self.v, self.layer, keepdims=False)
-
-    @classmethod
-    def of(cls, k: Float[Array, "B rows K D"], v: Float[Array, "B rows K D"]) -> CachedLayer:
-        """K and V as the only layer of a stack."""
-        return cls(k[None], v[None], jnp.int32(0))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from apb_jax.config import DEFAULT_SIMULATED, parse_length
 from apb_jax.errors import UserError
+from apb_jax.options import DEFAULT_SIMULATED, parse_length
 
 QUERY_TOKENS = 32
 
@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         simulate_devices(args.sp or DEFAULT_SIMULATED)
     import jax
 
-    from apb_jax.attention.auto import calibration_path, write_calibration
-    from apb_jax.checkpoint import load
     from apb_jax.compile_cache import use_compile_cache
+    from apb_jax.measure.auto import calibration_path, write_calibration
+    from apb_jax.weights.checkpoint import load
 
     use_compile_cache()
     model = load(args.model, weights="random")
@@ -64,10 +64,10 @@ def measure(model: object, devices: int, lengths: list[int], repeat: int) -> lis
 
     import numpy as np
 
-    from apb_jax.attention.auto import Measurement
-    from apb_jax.checkpoint import LoadedModel
     from apb_jax.engine import Engine
+    from apb_jax.measure.auto import Measurement
     from apb_jax.mesh import make_mesh
+    from apb_jax.weights.checkpoint import LoadedModel
 
     assert isinstance(model, LoadedModel)
     rng = np.random.default_rng(0)

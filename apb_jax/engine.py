@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from apb_jax.attention.apb import APB
-from apb_jax.attention.base import AttentionMethod, Capabilities, Kernels, Layout, Prompt, bucket
 from apb_jax.attention.full import Full
-from apb_jax.attention.recovered import RecoveredMass, sample_rows, why_not
+from apb_jax.attention.inputs import Kernels, Prompt
+from apb_jax.attention.layout import Layout, bucket
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.attention.registry import METHODS, MethodSpec, Request
 from apb_jax.cache import DocumentCache, TailCache
-from apb_jax.checkpoint import LoadedModel
 from apb_jax.errors import UserError
+from apb_jax.measure.recovered import RecoveredMass, sample_rows, why_not
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import partition_specs
@@ -28,6 +29,7 @@ from apb_jax.presets import APB_BUDGETS, APB_BUDGETS_OF, TEMPLATES, template_of
 from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt import PromptCodec, Text, find_template, make_prompt
 from apb_jax.sampling import Sampler
+from apb_jax.weights.checkpoint import LoadedModel
 
 CHUNK = 16
 """Tokens decoded on the devices before the host looks: what is streamed at a time."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.rope import DefaultRope, Llama3Rope
+from apb_jax.rope.base import DefaultRope, Llama3Rope
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from apb_jax.attention.base import AttentionMethod, Kernels, Layout, Shard
-from apb_jax.attention.decode import Cached
-from apb_jax.attention.recovered import layer_shares
-from apb_jax.cache import CachedLayer, DocumentCache, TailCache
+from apb_jax.attention.inputs import Cached, CachedLayer, Kernels, LayerInputs, Shard
+from apb_jax.attention.layout import Layout
+from apb_jax.attention.method import AttentionMethod
+from apb_jax.cache import DocumentCache, TailCache
+from apb_jax.measure.recovered import layer_shares
 from apb_jax.mesh import SP, TP
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.layers import LayerInputs
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import Transformer
 from apb_jax.sampling import Sampler

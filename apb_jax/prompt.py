@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apb_jax.attention.base import Prompt
+from apb_jax.attention.inputs import Prompt
 from apb_jax.errors import UserError
 from apb_jax.presets import TEMPLATES, Template
 

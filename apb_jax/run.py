@@ -16,16 +16,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apb_jax.config import DEFAULT_SEQ, DEFAULT_SIMULATED, RunConfig, parse
 from apb_jax.errors import UserError
+from apb_jax.options import DEFAULT_SEQ, DEFAULT_SIMULATED, RunConfig, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from apb_jax.attention import Prompt
-    from apb_jax.checkpoint import LoadedModel
     from apb_jax.engine import Answer, Engine, Session
-    from apb_jax.receipt import Receipt
+    from apb_jax.measure.receipt import Receipt
+    from apb_jax.weights.checkpoint import LoadedModel
 
 RANDOM_QUERY_TOKENS = 32
 DEFAULT_NEW_TOKENS = 32
@@ -115,7 +115,7 @@ def make_task(
             raise UserError(f"--seq {seq} leaves no room for a document beside {seq - rows} query and answer tokens")
         document, query = (rng.integers(0, model.config.vocab_size, n) for n in (rows, RANDOM_QUERY_TOKENS))
         return engine.prompt(document, query), None, ["no tokenizer: a document of random token ids"]
-    from apb_jax.needle import needle_prompt
+    from apb_jax.synthetic.needle import needle_prompt
 
     digits = config.needle or "".join(map(str, rng.integers(0, 10, 10)))
     query_room = 64
@@ -178,14 +178,14 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
 
     from apb_jax import screen
     from apb_jax.attention import Kernels, MethodSpec
-    from apb_jax.attention.traffic import layer_traffic
-    from apb_jax.beside import Beside
-    from apb_jax.checkpoint import load
     from apb_jax.compile_cache import use_compile_cache
     from apb_jax.engine import Engine
+    from apb_jax.measure.beside import Beside
+    from apb_jax.measure.traffic import layer_traffic
     from apb_jax.mesh import make_mesh
-    from apb_jax.model.string_rope import with_string
+    from apb_jax.rope.string import with_string
     from apb_jax.sampling import Sampler
+    from apb_jax.weights.checkpoint import load
 
     use_compile_cache()
     others = [MethodSpec(name) for name in config.compare]
@@ -275,7 +275,7 @@ def decide_method(config: RunConfig, model: LoadedModel) -> tuple[str, int, str]
     """(method, devices, reason) by what ``apb_jax.calibrate`` measured on this machine."""
     import jax
 
-    from apb_jax.attention.auto import calibration_path, decide, read_calibration
+    from apb_jax.measure.auto import calibration_path, decide, read_calibration
 
     calibration = read_calibration(calibration_path(model.config, model.dtype.name), config.model)
     devices = config.sp or len(jax.devices()) // config.tp
@@ -307,7 +307,7 @@ class AnswerStream:
 
 def make_receipt(ours: Session, theirs: Session, answer: Answer, reference: Answer) -> Receipt:
     """The first method against the second one, over query and the second one's answer."""
-    from apb_jax.receipt import receipt
+    from apb_jax.measure.receipt import receipt
 
     given = [reference.tokens]
     return receipt(ours.logits(given)[0], theirs.logits(given)[0], answer.tokens, reference.tokens)

@@ -18,7 +18,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from apb_jax.attention.base import AttentionMethod, Layout
+from apb_jax.attention.layout import Layout
+from apb_jax.attention.method import AttentionMethod
 
 WIDTH = 48
 STYLE = {"earlier": "yellow", "passing": "yellow", "anchor": "magenta", "block": "cyan"}

@@ -90,7 +90,7 @@ def generate(folder: Path, layers: int | None) -> dict[str, Any]:
     """Write the HF checkpoint, one file at a time; host memory: the random block."""
     import math
 
-    from converters.mapping import rules_for, sizes_of
+    from apb_jax.weights.mapping import rules_for, sizes_of
 
     model, data = config(layers), block()
     sizes = sizes_of(model, None)
@@ -161,7 +161,7 @@ def convert(source: Path, target: Path, sp: int) -> dict[str, Any]:
 def _array_bytes(folder: Path) -> list[int]:
     import math
 
-    from converters.manifest import read_manifest
+    from apb_jax.weights.manifest import read_manifest
 
     manifest = read_manifest(folder)
     assert manifest is not None
@@ -207,8 +207,8 @@ def restore(folder: Path, sp: int, cold: bool) -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
-    from apb_jax.checkpoint import load
     from apb_jax.mesh import make_mesh
+    from apb_jax.weights.checkpoint import load
 
     mesh = make_mesh(sp=sp)
     jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.float32(0)))
@@ -298,7 +298,7 @@ def main() -> None:
         if not args.keep:
             shutil.rmtree(args.folder, ignore_errors=True)
     out["restore_percent_of_disk"] = 100 * out["restore_cold"]["MB_per_s"] / out["raw_read_cold"]["MB_per_s"]
-    from converters.manifest import versions
+    from apb_jax.weights.manifest import versions
 
     out["versions"] = versions() | {"machine": platform.machine()}
     print(json.dumps(out))

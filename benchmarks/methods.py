@@ -26,13 +26,14 @@ from prefill_stages import linear_flops, matmul_ceiling
 
 import apb_jax
 from apb_jax.attention import APB, METHODS, AttentionMethod, Kernels, MethodSpec
-from apb_jax.attention.base import Layout, Prompt
+from apb_jax.attention.inputs import Prompt
+from apb_jax.attention.layout import Layout
 from apb_jax.attention.star import Star
 from apb_jax.attention.streaming import Streaming
-from apb_jax.checkpoint import LoadedModel, RandomWeights
 from apb_jax.compile_cache import use_compile_cache
-from apb_jax.config import parse_length
+from apb_jax.options import parse_length
 from apb_jax.run import RANDOM_QUERY_TOKENS, versions
+from apb_jax.weights.checkpoint import LoadedModel, RandomWeights
 
 ROWS = ("full", "ring", "ulysses", "star", "starx", "apb", "streaming", "minference")
 ESTIMATED_FIRST = ("minference", "xattention", "starx_sparse", "infllm", "locret")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from apb_jax.config import parse
+from apb_jax.options import parse
 from apb_jax.run import choose_devices, first_number, make_task, versions
 from apb_jax.tiny.evaluate import wilson
 

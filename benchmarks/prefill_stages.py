@@ -26,9 +26,9 @@ import numpy as np
 import apb_jax
 from apb_jax.attention import APB, AttentionMethod, Full, Kernels, MethodSpec, Prompt
 from apb_jax.compile_cache import use_compile_cache
-from apb_jax.config import parse_length
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.slices import WeightSlices
+from apb_jax.options import parse_length
 from apb_jax.run import RANDOM_QUERY_TOKENS, make_receipt, peak_bytes, versions
 from apb_jax.sampling import Sampler
 from apb_jax.screen import size

@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from apb_jax.checkpoint import HFFolder, LoadedModel, load
 from apb_jax.errors import UserError
-from converters.atomic import require_space, staged_file, staged_folder
-from converters.folding import FOLDED, fold
-from converters.hf_folder import INDEX_FILE, read_config
-from converters.locate import locate, locate_heads
-from converters.manifest import (
+from apb_jax.weights.atomic import require_space, staged_file, staged_folder
+from apb_jax.weights.checkpoint import HFFolder, LoadedModel, load
+from apb_jax.weights.folding import FOLDED, fold
+from apb_jax.weights.hf_folder import INDEX_FILE, read_config
+from apb_jax.weights.locate import locate, locate_heads
+from apb_jax.weights.manifest import (
     MANIFEST_FILE,
     FileRecord,
     Manifest,
@@ -28,12 +28,12 @@ from converters.manifest import (
     read_manifest,
     verify,
 )
-from converters.mapping import RETAINING_HEADS, rules_for, sizes_of
-from converters.orbax_folder import save
-from converters.retaining_heads import check_heads, read_heads
-from converters.safetensors_header import DTYPES
-from converters.spread import spread
-from converters.stream import Progress
+from apb_jax.weights.mapping import RETAINING_HEADS, rules_for, sizes_of
+from apb_jax.weights.orbax_folder import save
+from apb_jax.weights.retaining_heads import check_heads, read_heads
+from apb_jax.weights.safetensors_header import DTYPES
+from apb_jax.weights.spread import spread
+from apb_jax.weights.stream import Progress
 
 SIDE_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
 """What is copied beside the weights: configuration, generation settings, tokenizer."""

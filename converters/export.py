@@ -11,15 +11,15 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from apb_jax.checkpoint import OrbaxFolder, load
 from apb_jax.errors import UserError
-from converters.atomic import require_space, staged_folder
+from apb_jax.weights.atomic import require_space, staged_folder
+from apb_jax.weights.checkpoint import OrbaxFolder, load
+from apb_jax.weights.hf_folder import HEADS_FILE, INDEX_FILE
+from apb_jax.weights.manifest import MANIFEST_FILE, Manifest, hash_files, read_manifest, verify
+from apb_jax.weights.mapping import RETAINING_HEADS, Rule, rules_for
+from apb_jax.weights.orbax_folder import restore
+from apb_jax.weights.stream import Progress
 from converters.convert import DISK_MARGIN, SIDE_FILES, Converted
-from converters.hf_folder import HEADS_FILE, INDEX_FILE
-from converters.manifest import MANIFEST_FILE, Manifest, hash_files, read_manifest, verify
-from converters.mapping import RETAINING_HEADS, Rule, rules_for
-from converters.orbax_folder import restore
-from converters.stream import Progress
 
 SINGLE_FILE_BYTES = 4 * 10**9
 """A larger model is written as one file per rule, with an index."""

@@ -6,13 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from apb_jax.checkpoint import HFFolder, LoadedModel, load
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
 from apb_jax.presets import MODELS
-from converters.locate import locate
-from converters.manifest import hash_files, read_manifest, verify
-from converters.retaining_heads import HEAD_NAME, TORCH_SUFFIXES, read_heads
+from apb_jax.weights.checkpoint import HFFolder, LoadedModel, load
+from apb_jax.weights.locate import locate
+from apb_jax.weights.manifest import hash_files, read_manifest, verify
+from apb_jax.weights.retaining_heads import HEAD_NAME, TORCH_SUFFIXES, read_heads
 
 GIB = 2**30
 ACTIVATION_WIDTHS = 6

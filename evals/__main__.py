@@ -145,10 +145,10 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     if not has_accelerator():
         simulate_devices((spec.sp or (1 if spec.virtual_shards > 1 else SIMULATED)) * spec.tp)
     from apb_jax.attention.registry import MethodSpec
-    from apb_jax.beside import Beside
-    from apb_jax.checkpoint import load
     from apb_jax.compile_cache import use_compile_cache
     from apb_jax.engine import Engine
+    from apb_jax.measure.beside import Beside
+    from apb_jax.weights.checkpoint import load
 
     use_compile_cache()
     methods = {name: MethodSpec(name, spec.options.get(name, {})) for name in spec.methods}

@@ -11,10 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from apb_jax.attention.traffic import COLLECTIVES, equations
-from apb_jax.checkpoint import LoadedModel, RandomWeights
+from apb_jax.measure.traffic import COLLECTIVES, equations
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.rope import DefaultRope
+from apb_jax.rope.base import DefaultRope
+from apb_jax.weights.checkpoint import LoadedModel, RandomWeights
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("APB_GOLDEN", ROOT.parent / "shared" / "golden"))

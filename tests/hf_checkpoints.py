@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from apb_jax.model import ModelConfig
-from apb_jax.model.rope import DefaultRope
-from converters.mapping import RETAINING_HEADS, Rule, rules_for, sizes_of
+from apb_jax.model.config import ModelConfig
+from apb_jax.rope.base import DefaultRope
+from apb_jax.weights.mapping import RETAINING_HEADS, Rule, rules_for, sizes_of
 
 RETAINING_HIDDEN = 8
 

@@ -14,8 +14,8 @@ import numpy as np
 from hf_checkpoints import random_tensors
 from safetensors.numpy import load_file, save_file
 
-from apb_jax.model import ModelConfig
-from converters.mapping import rules_for
+from apb_jax.model.config import ModelConfig
+from apb_jax.weights.mapping import rules_for
 
 RECORDED = Path(__file__).parent / "model" / "recorded"
 PROMPT_LENGTHS = (5, 23, 64)

@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 from apb_jax.attention.__main__ import table
-from apb_jax.config import parse
+from apb_jax.options import parse
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"python -m apb_jax\.run([^`\n#]*)", README)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from hf_checkpoints import tiny_config, write_checkpoint
 
-from apb_jax.config import RunConfig, parse, parse_length
 from apb_jax.errors import UserError
+from apb_jax.options import RunConfig, parse, parse_length
 from apb_jax.run import main
 
 

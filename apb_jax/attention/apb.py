@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import Keys, Queries, attend, project
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, block_layout
+from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, block_layout
+from apb_jax.attention.method import AttentionMethod, Capabilities
+from apb_jax.attention.query_scores import WINDOW, query_scores
 from apb_jax.attention.shared_anchor import anchor_edge, gather_with_anchor, share_anchor
 from apb_jax.errors import UserError
-from apb_jax.model.layers import LayerInputs
-from apb_jax.model.rope import rope_table
-from apb_jax.retaining.query_scores import WINDOW, query_scores
+from apb_jax.rope.base import rope_table
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.retaining_score import pool_and_mask, retaining_score
 from pallas_kernels.select import select_topk

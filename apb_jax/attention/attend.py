@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from apb_jax.attention.inputs import LayerInputs
 from apb_jax.attention.remapped import remapped_attention
-from apb_jax.model.layers import LayerInputs
-from apb_jax.model.rope import rope_table, rotate
-from apb_jax.model.string_rope import StringRope
+from apb_jax.rope.base import rope_table, rotate
+from apb_jax.rope.string import StringRope
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.flash_attention.rows import row_bounds
 

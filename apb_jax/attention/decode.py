@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import project
-from apb_jax.attention.collectives import merge_partials, merge_shards
+from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs, Shard
+from apb_jax.attention.merge import merge_partials, merge_shards
 from apb_jax.attention.remapped import remapped_attention
-from apb_jax.cache import CachedLayer
-from apb_jax.model.layers import LayerInputs
 from pallas_kernels.decode_attention import decode_attention
-
-if TYPE_CHECKING:
-    from apb_jax.attention.base import Shard
-
-
-@dataclass(frozen=True)
-class Cached:
-    """What the rows of a query or decoding step may see in one layer, on one shard."""
-
-    document: CachedLayer
-    kept_tokens: Int[Array, " B"]
-    """Rows of ``document`` that exist."""
-    kept_positions: Int[Array, "B C"]
-    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]]
-    """Query and answer so far, counted by the last shard only; row i sees slots j <= i + ``tail_offset``."""
-    tail_offset: Int[Array, " B"]
-    tail_position: Int[Array, " B"]
-    """Position of tail slot 0."""
-    rows: Int[Array, " B"]
-    """Rows of this step that exist: the query's tokens, or 1."""
-    query_tokens: Int[Array, " B"] | None
-    """Given where the originals' quirk of the query phase is asked for (see ``attend_shard``)."""
 
 
 def attend_shard(

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from apb_jax.attention.attend import Keys, attend, project
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, chunk_layout
-from apb_jax.model.layers import LayerInputs
+from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, chunk_layout
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from pallas_kernels.flash_attention import RowSegment
 
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, bucket
+from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, bucket
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.errors import UserError
-from apb_jax.model.layers import LayerInputs
-from apb_jax.model.rope import rope_table, rotate
+from apb_jax.rope.base import rope_table, rotate
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 
 

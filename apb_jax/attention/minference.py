@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from apb_jax.attention.attend import Keys, Queries
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, bucket
+from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, bucket
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.attention.minference_index import TILE, block_sparse_tiles, vertical_slash_tiles
 from apb_jax.attention.streaming import a_shape
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.layers import LayerInputs
 from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 

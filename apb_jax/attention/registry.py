@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apb_jax.attention.apb import APB
-from apb_jax.attention.base import AttentionMethod, Prompt
 from apb_jax.attention.full import Full
 from apb_jax.attention.infllm import InfLLM
+from apb_jax.attention.inputs import Prompt
 from apb_jax.attention.locret import Locret
+from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.minference import MInference
 from apb_jax.attention.ring import Ring
 from apb_jax.attention.spava import Spava, default_budgets

@@ -16,10 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import Keys, Queries, attend, keys_of, project, rows_of
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, chunk_layout
-from apb_jax.attention.collectives import merge_partials
+from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, chunk_layout
+from apb_jax.attention.merge import merge_partials
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.errors import UserError
-from apb_jax.model.layers import LayerInputs
 from pallas_kernels.flash_attention import RowSegment
 
 ORDERS = ("zigzag", "plain")

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from apb_jax.attention.base import Layout, Shard
+from apb_jax.attention.inputs import Shard
+from apb_jax.attention.layout import Layout
 
 
 def share_anchor(blocks: Layout, anchor: np.ndarray) -> Layout:

@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import Keys, Queries, attend
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, bucket
 from apb_jax.attention.decode import decode_sharded
+from apb_jax.attention.inputs import CachedLayer, KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, bucket
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.attention.ring import ring_order
-from apb_jax.cache import CachedLayer
 from apb_jax.errors import UserError
-from apb_jax.model.layers import LayerInputs
 from pallas_kernels.flash_attention import RowSegment
 from pallas_kernels.retaining_score import pool_and_mask
 from pallas_kernels.select import select_topk

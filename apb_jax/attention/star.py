@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import Keys, attend, keys_of, project, rows_of
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, bucket
+from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, bucket
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.errors import UserError
-from apb_jax.model.layers import LayerInputs
 from pallas_kernels.flash_attention import RowSegment
 
 

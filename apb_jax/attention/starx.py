@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import Keys
-from apb_jax.attention.base import Capabilities, Kernels, Shard
-from apb_jax.attention.decode import Cached, attend_remapped, attend_shard
+from apb_jax.attention.decode import attend_remapped, attend_shard
+from apb_jax.attention.inputs import Cached, Kernels, LayerInputs, Shard
+from apb_jax.attention.method import Capabilities
 from apb_jax.attention.star import Star
 from apb_jax.attention.xattention import BLOCK, attend_blocks, block_mass, check_estimator, select_blocks
 from apb_jax.errors import UserError
-from apb_jax.model.layers import LayerInputs
-from apb_jax.model.string_rope import StringRope
+from apb_jax.rope.string import StringRope
 
 
 def shard_weight(

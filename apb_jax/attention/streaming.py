@@ -12,15 +12,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from apb_jax.attention.attend import Keys, Queries, attend, keys_of, project
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, chunk_layout
-from apb_jax.attention.collectives import merge_partials, merge_shards
-from apb_jax.attention.decode import Cached
+from apb_jax.attention.inputs import Cached, KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, chunk_layout
+from apb_jax.attention.merge import merge_partials, merge_shards
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.attention.remapped import remapped_attention
 from apb_jax.attention.window import sliding_window
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.layers import LayerInputs
-from apb_jax.model.rope import rope_table, rotate
+from apb_jax.rope.base import rope_table, rotate
 from pallas_kernels.flash_attention import RowSegment
 
 GENERATION = ("dense", "window")

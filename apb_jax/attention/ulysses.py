@@ -18,11 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from apb_jax.attention.attend import Keys, Queries, project
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, chunk_layout
+from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, chunk_layout
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.attention.ring import RingAxis, ring_attention, ring_order
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.layers import LayerInputs
 
 
 def ring_shards_for(heads: int, shards: int) -> int:

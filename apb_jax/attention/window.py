@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from apb_jax.attention.attend import Keys, Queries, attend
-from apb_jax.attention.collectives import merge_partials
+from apb_jax.attention.merge import merge_partials
 from pallas_kernels.flash_attention import RowSegment
 
 

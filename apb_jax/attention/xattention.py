@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from apb_jax.attention.attend import Keys
-from apb_jax.attention.base import AttentionMethod, Capabilities, KeptKV, Kernels, Layout, Prompt, Shard, chunk_layout
 from apb_jax.attention.full import gather_document
+from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.layout import Layout, chunk_layout
+from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.errors import UserError
-from apb_jax.model.layers import LayerInputs
 from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
 
 BLOCK = 128

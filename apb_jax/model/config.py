@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apb_jax.errors import UserError
-from apb_jax.model.rope import Rope, rope_from_hf
+from apb_jax.rope.base import Rope, rope_from_hf
 
 FAMILIES = ("llama", "mistral", "qwen2")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,33 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from apb_jax.attention.inputs import LayerInputs
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.rope import Rope, rotate
+from apb_jax.model.heads import FoldedRetainingHead, RetainingHead
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.stacked import StackedMatrix, multiply
-from apb_jax.retaining.heads import FoldedRetainingHead, RetainingHead
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LayerInputs:
-    """What one attention layer gets: projections before RoPE (local rows and heads), how to rotate and score them."""
-
-    q: Float[Array, "B S H D"]
-    k: Float[Array, "B S K D"]
-    v: Float[Array, "B S K D"]
-    cos: Float[Array, "B S Dhalf"]
-    sin: Float[Array, "B S Dhalf"]
-    layer: Int[Array, ""]
-    retaining: RetainingHead | FoldedRetainingHead | None
-    positions: Int[Array, "B S"]
-    rope: Rope = field(metadata={"static": True})
-    tp_axis: str | None = field(default=None, metadata={"static": True})
-
-    def rotated(self) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"]]:
-        """q and k at their positions."""
-        return rotate(self.q, self.cos, self.sin), rotate(self.k, self.cos, self.sin)
-
 
 Attend = Callable[[LayerInputs, Any], tuple[Float[Array, "B S H D"], Any]]
 """(inputs, carry) -> (attention output before o_proj, carry): the carry holds the KV cache."""

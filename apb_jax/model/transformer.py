@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import Attend, DecoderLayers, rms_norm
-from apb_jax.model.rope import rope_table
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.stacked import FEW_ROWS, one_layer
+from apb_jax.rope.base import rope_table
 
 TP_COLUMNS = frozenset({"q", "k", "v", "gate", "up", "q_bias", "k_bias", "v_bias", "fc2"})
 TP_ROWS = frozenset({"o", "down", "fc1_q", "fc1_k", "fc1_v"})
@@ -35,7 +35,7 @@ class Transformer(nnx.Module):
     ) -> None:
         """Random weights; ``retaining_hidden``: width of the retaining heads' fc1, None for none.
 
-        ``folded_heads``: fc1 is folded into the projections (``converters/folding.py``).
+        ``folded_heads``: fc1 is folded into the projections (``apb_jax/weights/folding.py``).
         """
         self.config = config
         scale = jnp.asarray(0.02, dtype)

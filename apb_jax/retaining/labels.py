@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from apb_jax.model import LayerInputs, Transformer
+from apb_jax.attention.inputs import LayerInputs
+from apb_jax.model.transformer import Transformer
 
 
 @jax.tree_util.register_dataclass

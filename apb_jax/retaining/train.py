@@ -29,15 +29,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
-from apb_jax.checkpoint import LoadedModel, load
 from apb_jax.errors import UserError
-from apb_jax.model import ModelConfig
+from apb_jax.model.config import ModelConfig
+from apb_jax.model.heads import RetainingHead
 from apb_jax.presets import TEMPLATES, template_of
 from apb_jax.prompt import PromptCodec, find_template
 from apb_jax.retaining.corpus import Corpus, Example, read_data_set, read_records
-from apb_jax.retaining.heads import RetainingHead
 from apb_jax.retaining.labels import trace
 from apb_jax.retaining.objective import layer_scores, retaining_loss, top_overlap
+from apb_jax.weights.checkpoint import LoadedModel, load
 
 
 @dataclass(frozen=True)

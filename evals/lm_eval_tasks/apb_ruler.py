@@ -6,7 +6,7 @@ tokenizer is the model's. Further keys: ``seed``, ``wrapper``, ``data``, ``split
 
 from typing import Any
 
-from apb_jax.checkpoint import load
+from apb_jax.weights.checkpoint import load
 from evals.base import EvalError
 from evals.ruler import RulerTask
 from evals.ruler.scoring import METRICS, score_one

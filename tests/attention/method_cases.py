@@ -12,11 +12,11 @@ from helpers import ids, random_model
 
 import apb_jax
 from apb_jax.attention import Prompt
-from apb_jax.attention.base import AttentionMethod
+from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.registry import METHODS
-from apb_jax.attention.traffic import Traffic, layer_traffic
-from apb_jax.model.string_rope import with_string
+from apb_jax.measure.traffic import Traffic, layer_traffic
 from apb_jax.programs import own_decode
+from apb_jax.rope.string import with_string
 
 DOCUMENT, QUERY = ids(1, 251), ids(2, 9)  # a prime length: no shard count divides it
 

@@ -13,9 +13,10 @@ import pytest
 from helpers import count_collectives, ids, random_model
 
 import apb_jax
-from apb_jax.attention.base import Layout, Prompt
+from apb_jax.attention.inputs import Prompt
+from apb_jax.attention.layout import Layout
 from apb_jax.errors import UserError
-from apb_jax.model.string_rope import with_string
+from apb_jax.rope.string import with_string
 
 DOCUMENT, QUERY = ids(1, 251), ids(2, 9)  # a prime length: no shard count divides it
 

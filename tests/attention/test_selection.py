@@ -11,9 +11,9 @@ import pytest
 from apb_jax.attention.infllm import InfLLM, local_scores, representatives, retrieve
 from apb_jax.attention.locret import State
 from apb_jax.attention.minference_index import TILE, block_sparse_tiles, vertical_slash_tiles
-from apb_jax.attention.minference_search import BLOCK, choose, search_head
 from apb_jax.attention.starx import shard_weight
 from apb_jax.attention.xattention import block_mass, select_blocks, threshold_table
+from apb_jax.measure.minference_search import BLOCK, choose, search_head
 from pallas_kernels.block_sparse_attention import KeyTiles
 
 HEADS, KV_HEADS, DIM = 4, 2, 8

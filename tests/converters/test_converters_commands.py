@@ -22,13 +22,14 @@ from hf_checkpoints import tiny_config, write_checkpoint
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
-from apb_jax.checkpoint import load
 from apb_jax.errors import UserError
-from apb_jax.model import ModelConfig
-from apb_jax.model.rope import Llama3Rope, YarnRope
-from converters import export, orbax_folder, stream
+from apb_jax.model.config import ModelConfig
+from apb_jax.rope.base import Llama3Rope, YarnRope
+from apb_jax.weights import orbax_folder, stream
+from apb_jax.weights.checkpoint import load
+from apb_jax.weights.manifest import MANIFEST_FILE
+from converters import export
 from converters.__main__ import main
-from converters.manifest import MANIFEST_FILE
 
 HEADS = "retaining_heads.safetensors"
 
@@ -360,7 +361,7 @@ def test_writes_that_fail_beside_the_reported_one_stay_silent(tmp_path: Path, ca
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from apb_jax.checkpoint import load
+from apb_jax.weights.checkpoint import load
 from apb_jax.errors import UserError
 from converters.convert import convert_model
 
@@ -419,7 +420,7 @@ def test_kills_leave_nothing_that_loads(tmp_path: Path) -> None:
 
 
 def test_two_conversions_into_one_place(tmp_path: Path) -> None:
-    from converters.atomic import staged_folder
+    from apb_jax.weights.atomic import staged_folder
 
     with staged_folder(tmp_path / "o") as partial:
         (partial / "x").write_text("x")

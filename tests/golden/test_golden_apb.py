@@ -16,8 +16,9 @@ from helpers import GOLDEN, golden_cases
 from jax.sharding import PartitionSpec as P
 
 import apb_jax
-from apb_jax.attention.base import Kernels, Layout
 from apb_jax.attention.decode import attend_shard, decode_sharded
+from apb_jax.attention.inputs import Kernels
+from apb_jax.attention.layout import Layout
 from apb_jax.cache import DocumentCache, TailCache
 from apb_jax.mesh import SP
 from apb_jax.model.layers import rms_norm

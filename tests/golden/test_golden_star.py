@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import apb_jax
 from apb_jax.attention import METHODS
-from apb_jax.attention.base import Kernels
+from apb_jax.attention.inputs import Kernels
 from apb_jax.mesh import SP
 from apb_jax.model.layers import rms_norm
 from apb_jax.programs import Lengths

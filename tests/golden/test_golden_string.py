@@ -11,13 +11,11 @@ import pytest
 from helpers import GOLDEN, golden_cases
 
 from apb_jax.attention.attend import attend, project
-from apb_jax.attention.base import Shard
-from apb_jax.attention.decode import Cached, attend_remapped
+from apb_jax.attention.decode import attend_remapped
+from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs, Shard
 from apb_jax.attention.window import sliding_window
-from apb_jax.cache import CachedLayer
-from apb_jax.model.layers import LayerInputs
-from apb_jax.model.rope import rope_from_hf, rope_table
-from apb_jax.model.string_rope import StringRope
+from apb_jax.rope.base import rope_from_hf, rope_table
+from apb_jax.rope.string import StringRope
 from pallas_kernels.flash_attention import RowSegment
 
 TOLERANCE = 1e-3  # absolute, float32; the recordings' README

@@ -16,8 +16,8 @@ from flax import nnx
 from jax import Array
 from parity_cases import FAMILIES, RECORDED, checksum, prompts, transformers_logits, write_model
 
-from apb_jax.checkpoint import LoadedModel, load
-from apb_jax.model import LayerInputs
+from apb_jax.attention.inputs import LayerInputs
+from apb_jax.weights.checkpoint import LoadedModel, load
 from converters.__main__ import main
 
 TOLERANCE = 1e-4

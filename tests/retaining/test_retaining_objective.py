@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import ids, random_model
 
-from apb_jax.model import LayerInputs
+from apb_jax.attention.inputs import LayerInputs
 from apb_jax.retaining.labels import attention_labels, causal_attention, trace
 from apb_jax.retaining.objective import layer_scores, retaining_loss, top_overlap
 from apb_jax.retaining.train import initial_heads

@@ -18,9 +18,9 @@ import pytest
 from hf_checkpoints import tiny_config, write_checkpoint
 from safetensors.numpy import load_file, safe_open
 
-from apb_jax.checkpoint import load
 from apb_jax.retaining.train import Recipe, main, order
 from apb_jax.tiny import FOLDER
+from apb_jax.weights.checkpoint import load
 
 STEPS, EVERY = 40, 5
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from apb_jax.model import ModelConfig
+from apb_jax.model.config import ModelConfig
 from apb_jax.tiny import FOLDER, QUERY_AT
 from apb_jax.tiny.haystack import filler
 from apb_jax.tiny.rows import DECISIVE_WEIGHT, lay_out, make_rows, spread_positions, training_world
@@ -113,7 +113,7 @@ def test_two_steps_make_a_loadable_checkpoint(tmp_path: Path) -> None:
     assert summary["steps"] == 2
     assert set(summary["exact_match"]) >= {"single", "update"}
     assert all(np.isfinite(row["loss"]) for row in summary["loss"])
-    from apb_jax.checkpoint import load
+    from apb_jax.weights.checkpoint import load
 
     model = load(str(out))
     assert model.retaining_hidden is None

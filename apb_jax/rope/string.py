@@ -14,7 +14,7 @@ import numpy as np
 
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.rope import Rope
+from apb_jax.rope.base import Rope
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from attention.method_cases import CASES, DOCUMENT, QUERY, engine_on, method, mo
 from jax.sharding import PartitionSpec as P
 
 from apb_jax.attention import APB, Kernels, MethodSpec
-from apb_jax.attention.base import AttentionMethod, Shard
-from apb_jax.attention.recovered import ROWS, layer_shares
+from apb_jax.attention.inputs import LayerInputs, Shard
+from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.registry import METHODS
 from apb_jax.attention.streaming import Streaming
+from apb_jax.measure.recovered import ROWS, layer_shares
 from apb_jax.mesh import SP, make_mesh
-from apb_jax.model.layers import LayerInputs
-from apb_jax.model.rope import DefaultRope, rope_table
+from apb_jax.rope.base import DefaultRope, rope_table
 from apb_jax.virtual import on_one_device
 
 DEFINED = [name for name in CASES if METHODS[name][0].can.true_positions]

@@ -1,6 +1,6 @@
-"""``python -m apb_jax.attention.minference_search``: choose each head's pattern offline, as MInference's release does.
+"""``python -m apb_jax.measure.minference_search``: choose each head's pattern offline, as MInference's release does.
 
-    python -m apb_jax.attention.minference_search --model tiny --seq 4k --out patterns.json
+    python -m apb_jax.measure.minference_search --model tiny --seq 4k --out patterns.json
 
 One sample, one dense pass; per head the candidate whose mask keeps the most attention wins. The file has the original
 format, and ``--method minference`` reads it. As in the release, a winning stream_llm is written as vertical_and_slash
@@ -109,7 +109,7 @@ def search(engine: Any, document: Any, query: Any, skip_rows: int) -> list[dict[
     """Patterns of every layer and head of an engine's model on one prompt (dense attention, one device)."""
     from jax.sharding import PartitionSpec as P
 
-    from apb_jax.model.layers import LayerInputs
+    from apb_jax.attention.inputs import LayerInputs
     from pallas_kernels.flash_attention import RowSegment, flash_attention
 
     config, programs = engine.model.config, engine.programs
@@ -138,10 +138,10 @@ def search(engine: Any, document: Any, query: Any, skip_rows: int) -> list[dict[
 
 def main(argv: list[str] | None = None) -> None:
     """The command; see the module's text."""
-    from apb_jax.config import parse_length
+    from apb_jax.options import parse_length
 
     parser = argparse.ArgumentParser(
-        prog="python -m apb_jax.attention.minference_search",
+        prog="python -m apb_jax.measure.minference_search",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
 
     import apb_jax
-    from apb_jax.needle import needle_prompt
+    from apb_jax.synthetic.needle import needle_prompt
 
     model = apb_jax.load(args.model)
     engine = apb_jax.Engine(model, "full", apb_jax.make_mesh(sp=1))

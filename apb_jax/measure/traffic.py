@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from apb_jax.attention.base import AttentionMethod, Prompt
+from apb_jax.attention.inputs import Prompt
+from apb_jax.attention.method import AttentionMethod
 from apb_jax.cache import DocumentCache
 from apb_jax.mesh import SP
 

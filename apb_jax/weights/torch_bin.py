@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_jax.errors import UserError
-from converters.safetensors_header import DTYPES, TensorEntry
+from apb_jax.weights.safetensors_header import DTYPES, TensorEntry
 
 STORAGES = {"BFloat16Storage": "BF16", "HalfStorage": "F16", "FloatStorage": "F32"}
 

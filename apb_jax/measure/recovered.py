@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from apb_jax.attention.base import AttentionMethod, Kernels, Layout, Shard
+from apb_jax.attention.inputs import Kernels, LayerInputs, Shard
+from apb_jax.attention.layout import Layout
+from apb_jax.attention.method import AttentionMethod
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.layers import LayerInputs
-from apb_jax.retaining.heads import FoldedRetainingHead
+from apb_jax.model.heads import FoldedRetainingHead
 
 ROWS = 16
 """Document rows sampled on every shard, evenly over its block; fewer where the head dimension has no more channels."""

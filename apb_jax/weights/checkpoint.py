@@ -17,15 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.transformer import Transformer, partition_specs
-from converters.folding import fold
-from converters.hf_folder import HEADS_FILE, read_config, read_entries
-from converters.locate import Located, cached_heads, is_orbax, locate, locate_heads
-from converters.manifest import check_sizes, read_manifest
-from converters.mapping import RETAINING_HEADS, Rule, check, rules_for, sizes_of
-from converters.orbax_folder import check_parameters, restore
-from converters.retaining_heads import check_heads, read_heads, split_heads
-from converters.safetensors_header import TensorEntry
-from converters.stream import Progress, stream
+from apb_jax.weights.folding import fold
+from apb_jax.weights.hf_folder import HEADS_FILE, read_config, read_entries
+from apb_jax.weights.locate import Located, cached_heads, is_orbax, locate, locate_heads
+from apb_jax.weights.manifest import check_sizes, read_manifest
+from apb_jax.weights.mapping import RETAINING_HEADS, Rule, check, rules_for, sizes_of
+from apb_jax.weights.orbax_folder import check_parameters, restore
+from apb_jax.weights.retaining_heads import check_heads, read_heads, split_heads
+from apb_jax.weights.safetensors_header import TensorEntry
+from apb_jax.weights.stream import Progress, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -261,8 +261,8 @@ def load(
         heads: retaining heads: a safetensors or torch ``.bin`` file, or the hub id of one; by default
             ``retaining_heads.safetensors`` inside the folder, or a preset's published heads if the hub cache has them.
         dtype: "bf16" or "float32"; by default bf16 on GPUs and float32 on CPUs.
-        fold_heads: fold the retaining heads into the QKV projections (``converters/folding.py``); by default only where
-            a converted folder holds them folded.
+        fold_heads: fold the retaining heads into the QKV projections (``apb_jax/weights/folding.py``); by default only
+            where a converted folder holds them folded.
 
     Raises:
         UserError: what is wrong with the name, the folder, a header or a shape, in one line.

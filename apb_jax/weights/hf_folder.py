@@ -8,8 +8,8 @@ from typing import Any
 
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from converters.mapping import RECOMPUTED, collect
-from converters.safetensors_header import TensorEntry, read_header
+from apb_jax.weights.mapping import RECOMPUTED, collect
+from apb_jax.weights.safetensors_header import TensorEntry, read_header
 
 HEADS_FILE = "retaining_heads.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

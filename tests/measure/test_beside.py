@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import apb_jax
-from apb_jax.beside import Beside
+from apb_jax.measure.beside import Beside
 
 
 @pytest.mark.parametrize("virtual", [False, True])

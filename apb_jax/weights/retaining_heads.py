@@ -12,9 +12,9 @@ from pathlib import Path
 
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from converters.mapping import WrongShape, collect
-from converters.safetensors_header import TensorEntry, read_header
-from converters.torch_bin import read_torch_bin
+from apb_jax.weights.mapping import WrongShape, collect
+from apb_jax.weights.safetensors_header import TensorEntry, read_header
+from apb_jax.weights.torch_bin import read_torch_bin
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 HEAD_NAME = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.(?P<matrix>fc[12])\.weight")

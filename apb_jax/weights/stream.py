@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from converters.mapping import Rule
-from converters.safetensors_header import DTYPES, TensorEntry
-from converters.spread import spread
+from apb_jax.weights.mapping import Rule
+from apb_jax.weights.safetensors_header import DTYPES, TensorEntry
+from apb_jax.weights.spread import spread
 
 STAGING_BYTES = 512 * 2**20
 """Host memory for the layers on their way; two such blocks exist at a time (one being read, one being copied)."""

@@ -19,10 +19,10 @@ from hf_checkpoints import tiny_config, write_checkpoint
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
-from apb_jax.checkpoint import load, load_tokenizer
 from apb_jax.errors import UserError
 from apb_jax.presets import MODELS
-from converters import stream
+from apb_jax.weights import stream
+from apb_jax.weights.checkpoint import load, load_tokenizer
 
 GOLDEN = Path(os.environ.get("APB_GOLDEN", "../shared/golden"))
 

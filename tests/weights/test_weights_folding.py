@@ -15,10 +15,10 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file
 
-from apb_jax.checkpoint import LoadedModel, load
+from apb_jax.attention.inputs import LayerInputs
 from apb_jax.errors import UserError
-from apb_jax.model import LayerInputs
 from apb_jax.model.transformer import partition_specs
+from apb_jax.weights.checkpoint import LoadedModel, load
 from converters.__main__ import main
 
 ROWS = 40

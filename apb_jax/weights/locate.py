@@ -12,11 +12,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from apb_jax.errors import UserError
 from apb_jax.presets import MODELS, ModelPreset
-from converters.atomic import PARTIAL
-from converters.hf_folder import weight_files
-from converters.manifest import MANIFEST_FILE
+from apb_jax.weights.atomic import PARTIAL
+from apb_jax.weights.hf_folder import weight_files
+from apb_jax.weights.manifest import MANIFEST_FILE
 
-PACKAGED = {"tiny": Path(__file__).parent.parent / "apb_jax" / "tiny"}
+PACKAGED = {"tiny": Path(__file__).parent.parent / "tiny"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 HEAD_FILES = ["*.safetensors", "*.bin"]

@@ -9,9 +9,9 @@ from helpers import ROOT, tiny_config
 
 from apb_jax import calibrate
 from apb_jax.attention.__main__ import table
-from apb_jax.attention.auto import Calibration, Measurement, decide, read_calibration, write_calibration
 from apb_jax.attention.registry import METHODS
 from apb_jax.errors import UserError
+from apb_jax.measure.auto import Calibration, Measurement, decide, read_calibration, write_calibration
 
 
 def measured(**seconds: list[float]) -> Calibration:
@@ -79,11 +79,11 @@ def test_calibrate_measures_every_candidate(
 ) -> None:
     from helpers import random_model
 
-    import apb_jax.checkpoint
+    import apb_jax.weights.checkpoint
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("APB_JAX_CACHE", "off")
-    monkeypatch.setattr(apb_jax.checkpoint, "load", lambda *_, **__: random_model())
+    monkeypatch.setattr(apb_jax.weights.checkpoint, "load", lambda *_, **__: random_model())
     calibrate.main(["--model", "tiny", "--sp", "2", "--lengths", "256", "--repeat", "1"])
     assert "4 measurements written to" in capsys.readouterr().out
     (path,) = tmp_path.glob("apb_jax/calibration/*.json")

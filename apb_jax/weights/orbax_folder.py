@@ -14,11 +14,11 @@ from jax.sharding import Sharding
 
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from converters.folding import FOLDED
-from converters.manifest import Manifest
-from converters.mapping import MissingTensor, UnexpectedTensor, WrongShape, rules_for, sizes_of
-from converters.spread import spread
-from converters.stream import Progress
+from apb_jax.weights.folding import FOLDED
+from apb_jax.weights.manifest import Manifest
+from apb_jax.weights.mapping import MissingTensor, UnexpectedTensor, WrongShape, rules_for, sizes_of
+from apb_jax.weights.spread import spread
+from apb_jax.weights.stream import Progress
 
 WEIGHTS = "weights"
 CHUNK_BYTES = 64 * 2**20

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from apb_jax.model.rope import rotate
+from apb_jax.rope.base import rotate
 
 WINDOW = 64
 """Query tokens asked at most (the last ones); bounds the memory of the scores."""

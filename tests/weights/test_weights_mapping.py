@@ -12,10 +12,10 @@ import pytest
 from hf_checkpoints import RETAINING_HIDDEN, random_tensors, tiny_config, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from apb_jax.checkpoint import LoadedModel, RandomWeights, _flat, load
 from apb_jax.model.transformer import partition_specs
-from converters import mapping
-from converters.mapping import FAMILY_RULES, MESH_AXIS, rules_for
+from apb_jax.weights import mapping
+from apb_jax.weights.checkpoint import LoadedModel, RandomWeights, _flat, load
+from apb_jax.weights.mapping import FAMILY_RULES, MESH_AXIS, rules_for
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 

@@ -1,0 +1,123 @@
+"""What an attention method is given: the shard's place, one layer's projections, the cache. A leaf: no method in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from apb_jax.rope.base import Rope, rotate
+
+KeptKV = tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementations the ops of ``pallas_kernels`` use; None lets each op choose."""
+
+    attention: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of one request: document, full query, and the clean query that may be embedded in an anchor."""
+
+    document: np.ndarray
+    query: np.ndarray
+    embedded_query: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shard:
+    """A shard's place inside ``shard_map``: its index on the sequence axis and the lengths of the requests."""
+
+    index: Int[Array, ""]
+    block_rows: Int[Array, " B"]
+    document_tokens: Int[Array, " B"]
+    embedded_query_tokens: Int[Array, " B"]
+    query_tokens: Int[Array, " B"]
+    count: int = field(metadata={"static": True})
+    axis: str = field(metadata={"static": True})
+    segments: tuple[tuple[str, int], ...] = field(default=(), metadata={"static": True})
+    """Those of the layout, in prefill."""
+
+
+class Scorer(Protocol):
+    """A layer's retaining head, however its weights are kept: hidden values from q, k, v before RoPE, then fc2."""
+
+    @property
+    def fc2(self) -> Float[Array, "F K"]: ...
+
+    def hidden(
+        self,
+        q: Float[Array, "B S H D"],
+        k: Float[Array, "B S K D"],
+        v: Float[Array, "B S K D"],
+        tp_axis: str | None = None,
+    ) -> Float[Array, "B S F"]:
+        """fc1(concat(q, k, v)) before the activation."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one attention layer gets: projections before RoPE (local rows and heads), how to rotate and score them."""
+
+    q: Float[Array, "B S H D"]
+    k: Float[Array, "B S K D"]
+    v: Float[Array, "B S K D"]
+    cos: Float[Array, "B S Dhalf"]
+    sin: Float[Array, "B S Dhalf"]
+    layer: Int[Array, ""]
+    retaining: Scorer | None
+    positions: Int[Array, "B S"]
+    rope: Rope = field(metadata={"static": True})
+    tp_axis: str | None = field(default=None, metadata={"static": True})
+
+    def rotated(self) -> tuple[Float[Array, "B S H D"], Float[Array, "B S K D"]]:
+        """q and k at their positions."""
+        return rotate(self.q, self.cos, self.sin), rotate(self.k, self.cos, self.sin)
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """One layer of a cache, left in its stack: few rows attend to it where it lies."""
+
+    k: Float[Array, "L B rows K D"]
+    v: Float[Array, "L B rows K D"]
+    layer: Int[Array, ""]
+
+    def alone(self) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
+        """K and V of this layer, as copies unless XLA fuses them."""
+        take = jax.lax.dynamic_index_in_dim
+        return take(self.k, self.layer, keepdims=False), take(self.v, self.layer, keepdims=False)
+
+    @classmethod
+    def of(cls, k: Float[Array, "B rows K D"], v: Float[Array, "B rows K D"]) -> CachedLayer:
+        """K and V as the only layer of a stack."""
+        return cls(k[None], v[None], jnp.int32(0))
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What the rows of a query or decoding step may see in one layer, on one shard."""
+
+    document: CachedLayer
+    kept_tokens: Int[Array, " B"]
+    """Rows of ``document`` that exist."""
+    kept_positions: Int[Array, "B C"]
+    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]]
+    """Query and answer so far, counted by the last shard only; row i sees slots j <= i + ``tail_offset``."""
+    tail_offset: Int[Array, " B"]
+    tail_position: Int[Array, " B"]
+    """Position of tail slot 0."""
+    rows: Int[Array, " B"]
+    """Rows of this step that exist: the query's tokens, or 1."""
+    query_tokens: Int[Array, " B"] | None
+    """Given where the originals' quirk of the query phase is asked for (see ``attend_shard``)."""

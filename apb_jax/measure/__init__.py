@@ -1,0 +1,1 @@
+"""Measuring runs: calibration, automatic choice, traffic, recovered mass, receipts. The engine imports none of it."""

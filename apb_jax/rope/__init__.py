@@ -1,0 +1,1 @@
+"""Rotary position embeddings: the frequency rules of the supported models, and STRING on top of them."""

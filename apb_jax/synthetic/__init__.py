@@ -1,0 +1,1 @@
+"""Synthetic documents with a known answer: what run, the packaged model and the evaluations share."""

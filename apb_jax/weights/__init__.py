@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: HF folders, orbax folders, retaining heads; tensors are streamed."""
