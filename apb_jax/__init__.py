@@ -28,11 +28,11 @@ _HOME = {
     "Answer": "engine",
     "Engine": "engine",
     "Full": "attention",
-    "LoadedModel": "checkpoint",
+    "LoadedModel": "weights.checkpoint",
     "MethodSpec": "attention",
     "Sampler": "sampling",
     "UserError": "errors",
-    "load": "checkpoint",
+    "load": "weights.checkpoint",
     "make_mesh": "mesh",
 }
 
