@@ -83,6 +83,7 @@ class RunConfig:
     top_p: float = 1.0
     dtype: str | None = None
     compare: tuple[str, ...] = ()
+    repeat: int | None = None
     rope: str | None = None
     string_offset: float = 0.33
     string_local: int = 128
@@ -302,6 +303,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=(),
         metavar="METHOD,...",
         help="run these on the same input too and print what the method changed against each (the receipt)",
+    )
+
+    group.add_argument(
+        "--repeat",
+        type=_number(int, "--repeat", 0, 1000),
+        metavar="N",
+        help="timed prefills after the first, which compiles; the median counts (default: 1 with --compare, else 0)",
     )
 
     group = parser.add_argument_group("answer and output")

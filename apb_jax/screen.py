@@ -1,8 +1,6 @@
-"""What a person sees: the layout as a picture, a live bar over the stages, tables of results."""
+"""What a person sees while a run goes on: the layout as a picture, a bar over the stages, the answer as it comes."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -20,28 +18,12 @@ from rich.text import Text
 
 from apb_jax.attention.layout import Layout
 from apb_jax.attention.method import AttentionMethod
+from apb_jax.engine import Engine
+from apb_jax.report import size
 
 WIDTH = 48
 STYLE = {"earlier": "yellow", "passing": "yellow", "anchor": "magenta", "block": "cyan"}
 UNITS = {"prefill": "layers", "decode": "tokens", "load weights": "bytes"}
-
-
-def tokens(count: float) -> str:
-    """A count of tokens for people: 131072 -> 128K."""
-    if count >= 1 << 20 and count % (1 << 20) == 0:
-        return f"{int(count) >> 20}M"
-    if count >= 1024 and count % 1024 == 0:
-        return f"{int(count) >> 10}K"
-    return f"{count:,.0f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 class StageBar:
@@ -60,6 +42,7 @@ class StageBar:
             transient=True,
         )
         self.tasks: dict[str, TaskID] = {}
+        self.totals: dict[str, int] = {}
 
     def __enter__(self) -> StageBar:
         self.progress.start()
@@ -68,16 +51,23 @@ class StageBar:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
+    def restart(self, name: str) -> None:
+        """Another method starts: its stages begin anew."""
+        for task in self.tasks.values():
+            self.progress.remove_task(task)
+        self.tasks.clear()
+
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self.tasks:
-            for task in self.tasks.values():
+            for earlier, task in self.tasks.items():
                 if stage.startswith("compile"):
                     break
-                self.progress.update(task, completed=self.progress.tasks[task].total)
+                self.progress.update(task, completed=self.totals[earlier])
             self.tasks[stage] = self.progress.add_task(stage, total=total, count="")
         count = f"{size(done)} / {size(total)}" if UNITS.get(stage) == "bytes" else f"{done}/{total}"
         if stage.startswith("compile"):
             count = ""
+        self.totals[stage] = total
         self.progress.update(self.tasks[stage], completed=done, total=total, count=count)
 
 
@@ -131,84 +121,44 @@ def result_table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> Table:
     return table
 
 
-def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The closing table's rows from a run's JSON object."""
-    decode = result["decode_ms_per_token"]
-    return [
-        ("document", f"{result['document_tokens']:,} tokens"),
-        ("prefill", f"{result['prefill_s']:.3f} s"),
-        ("prefill speed", f"{result['prefill_tokens_per_s']:,.0f} tok/s"),
-        ("first token, after the prefill", f"{result['query_s']:.3f} s"),
-        ("decode", "-" if decode is None else f"{decode:.2f} ms/token"),
-        (f"memory per device, {result['memory_source']}", size(result["peak_bytes_per_device"])),
-        *([("moved per layer and shard", size(result["bytes_per_layer"]))] if "bytes_per_layer" in result else []),
-        *(recovered(result) if "recovered_mass" in result else []),
-        ("compile, not counted above", f"{result['compile_s']:.1f} s"),
-    ]
+class AnswerStream:
+    """Prints an answer as its tokens arrive, as plain text: no markup, no emoji codes."""
 
+    def __init__(self, console: Console, engine: Engine, bar: StageBar) -> None:
+        self.console, self.engine, self.bar = console, engine, bar
+        self.ids: list[int] = []
+        self.shown = ""
+        self.begun = False
 
-def recovered(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """How much of full attention's mass the sampled rows saw, and which layers are dense by the method's settings."""
-    share, layers = result["recovered_mass"], result["dense_layers"]
-    return [
-        ("attention mass recovered", f"{share['mean']:.1%}" if share else "not defined"),
-        ("  in the lowest layer", f"{min(share['by_layer']):.1%}" if share else "not defined"),
-        ("layers with dense prefill", f"{len(layers)} of {result['layers']}"),
-    ]
+    def _begin(self) -> None:
+        """The bar goes, the answer comes."""
+        if not self.begun:
+            self.begun = True
+            self.bar.progress.stop()
+            self.engine.listen(None)
+            self.console.print("[bold green]answer[/] ", end="")
 
+    def _show(self, text: str) -> None:
+        self.console.print(text[len(self.shown) :], end="", markup=False, highlight=False, emoji=False)
+        self.shown = text
 
-def closing_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(header, rows): a column per method, the first one's first."""
-    columns = [result, *result.get("compare", [])]
-    cells = [figures(column) for column in columns]
-    rows = [(row[0][0], *(value for _, value in row)) for row in zip(*cells, strict=True)]
-    return ("", *(column["method"] for column in columns)), rows
+    def _text(self) -> str:
+        codec = self.engine.codec
+        return codec.decode(self.ids) if codec else " ".join(map(str, self.ids))
 
+    def __call__(self, request: int, fresh: list[int]) -> None:
+        self._begin()
+        self.ids.extend(fresh)
+        text = self._text()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character: wait for the rest
+            self._show(text)
 
-def receipts(result: dict[str, Any]) -> list[str]:
-    """A sentence per method that was run beside: what the first one changed, and what it gained."""
-    return [
-        f"receipt against {other['method']}: prefill {other['speedup']:.2f}x as fast, greedy agreement "
-        f"{other['receipt']['greedy_agreement']:.0%}, top-1 agreement {other['receipt']['top1_agreement']:.0%} over "
-        f"{other['receipt']['rows']} query and answer positions, KL mean {other['receipt']['kl_mean']:.2g} "
-        f"max {other['receipt']['kl_max']:.2g} nats"
-        for other in result.get("compare", [])
-    ]
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The run as a Markdown page: what ran, the closing table, the receipts, prediction and truth."""
-    header, rows = closing_table(result)
-    options = ", ".join(f"{name}={value}" for name, value in result["method_options"].items()) or "no options"
-    mesh = " x ".join(f"{axis}={count}" for axis, count in result["mesh"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    cut = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
-    lines = [
-        f"# {result['model']}: {result['method']} on {result['document_tokens']:,} tokens",
-        "",
-        f"{result['method']} ({options}); weights {result['weights']}, {result['dtype']}, kernels {result['kernels']}; "
-        f"{result['device']}, mesh {mesh}, {result['shards']} shards; {versions}.",
-        "",
-        cut(header),
-        "|" + "---|" * len(header),
-        *map(cut, rows),
-        *(line for sentence in receipts(result) for line in ("", sentence)),
-        "",
-        f"Ground truth: {result['ground_truth'] or 'none (not a needle)'}",
-        "",
-        f"Prediction: {result['prediction']}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-__all__ = [
-    "StageBar",
-    "closing_table",
-    "figures",
-    "layout_picture",
-    "markdown",
-    "receipts",
-    "result_table",
-    "size",
-    "tokens",
-]
+    def end(self, finish_reason: str) -> None:
+        """The rest, and why the answer ended where that is not plain."""
+        self._begin()
+        self._show(self._text())
+        if not self.ids:
+            self.console.print("(nothing: the model ended its answer at once)", style="dim", end="")
+        elif finish_reason == "length":
+            self.console.print(" [dim](cut: --max-new-tokens reached)[/]", end="")
+        self.console.print()

@@ -32,7 +32,8 @@ from apb_jax.attention.star import Star
 from apb_jax.attention.streaming import Streaming
 from apb_jax.compile_cache import use_compile_cache
 from apb_jax.options import parse_length
-from apb_jax.run import RANDOM_QUERY_TOKENS, versions
+from apb_jax.report import versions
+from apb_jax.task import RANDOM_QUERY_TOKENS
 from apb_jax.weights.checkpoint import LoadedModel, RandomWeights
 
 ROWS = ("full", "ring", "ulysses", "star", "starx", "apb", "streaming", "minference")

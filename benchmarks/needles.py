@@ -16,7 +16,9 @@ import numpy as np
 from rich.console import Console
 
 from apb_jax.options import parse
-from apb_jax.run import choose_devices, first_number, make_task, versions
+from apb_jax.report import first_number, versions
+from apb_jax.run import choose_devices
+from apb_jax.task import make_task
 from apb_jax.tiny.evaluate import wilson
 
 
@@ -44,17 +46,17 @@ def main() -> None:
         for i in range(args.count):
             digits = "".join(map(str, rng.integers(0, 10, rng.integers(7, 13))))
             flags = ["--needle", digits, "--depth", f"{rng.random():.3f}", "--seed", str(args.seed + i), "--seq", seq]
-            tasks.append(make_task(parse([*further, *flags]), None, engine.model, engine))
+            tasks.append(make_task(parse([*further, *flags]), None, engine))
             commands.append(" ".join(flags))
         for method in args.methods.split(","):
             current = engine.with_method(method)
             answers = []
             for start in range(0, args.count, args.batch):
-                answers += current.prefill([task[0] for task in tasks[start : start + args.batch]]).generate(32)
+                answers += current.prefill([task.prompt for task in tasks[start : start + args.batch]]).generate(32)
             missed = [
                 {"flags": flags, "prediction": answer.text}
-                for (_, truth, _), answer, flags in zip(tasks, answers, commands, strict=True)
-                if first_number(answer.text) != truth
+                for task, answer, flags in zip(tasks, answers, commands, strict=True)
+                if first_number(answer.text) != task.truth
             ]
             found = args.count - len(missed)
             low, high = wilson(found, args.count)

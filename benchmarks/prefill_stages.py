@@ -26,12 +26,13 @@ import numpy as np
 import apb_jax
 from apb_jax.attention import APB, AttentionMethod, Full, Kernels, MethodSpec, Prompt
 from apb_jax.compile_cache import use_compile_cache
+from apb_jax.measure.receipt import receipt
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.slices import WeightSlices
 from apb_jax.options import parse_length
-from apb_jax.run import RANDOM_QUERY_TOKENS, make_receipt, peak_bytes, versions
+from apb_jax.report import peak_bytes, size, versions
 from apb_jax.sampling import Sampler
-from apb_jax.screen import size
+from apb_jax.task import RANDOM_QUERY_TOKENS
 
 
 class NoExchange(APB):
@@ -92,10 +93,7 @@ def sliced_decode(engine: apb_jax.Engine, prompt: Prompt, new_tokens: int) -> fl
     shards = engine.mesh.shape["sp"]
     if shards == 1 or WeightSlices.why_not(engine.model.config, shards, engine.mesh.shape["tp"]):
         return None
-    sliced = apb_jax.Engine(
-        engine.model, engine.method, engine.mesh, kernels=engine.programs.kernels, template=engine.template,
-        slice_decode=True, state=engine.state,
-    )  # fmt: skip
+    sliced = engine.with_method(engine.method, slice_decode=True)
     session = sliced.prefill([prompt])
     session.generate(new_tokens, stop_ids=())
     (answer,) = session.generate(new_tokens, stop_ids=())
@@ -105,16 +103,15 @@ def sliced_decode(engine: apb_jax.Engine, prompt: Prompt, new_tokens: int) -> fl
 
 def compare(engine: apb_jax.Engine, prompt: Prompt, kernels: str, new_tokens: int, repeat: int) -> dict[str, Any]:
     """The engine's kernels beside others in one process: prefill seconds, logits, sampled tokens."""
-    others = apb_jax.Engine(
-        engine.model, engine.method, engine.mesh, kernels=Kernels(kernels), template=engine.template, state=engine.state
-    )
+    others = engine.with_method(engine.method, kernels=Kernels(kernels))
     seconds, sessions, answers = [], [], []
     for current in (engine, others):
         times = [current.prefill([prompt]).prefill_s for _ in range(repeat + 1)][1:]  # one cache at a time
         seconds.append(statistics.median(times))
         sessions.append(current.prefill([prompt]))
         answers.append(sessions[-1].generate(new_tokens, sampler=Sampler(1.0, 1.0), stop_ids=())[0])
-    found = make_receipt(*sessions, *answers)
+    logits = [session.logits([answers[1].tokens])[0] for session in sessions]
+    found = receipt(*logits, answers[0].tokens, answers[1].tokens)
     print(
         f"against {kernels}: {seconds[0]:.3f} s and {seconds[1]:.3f} s; {len(set(answers[1].tokens))} different tokens "
         f"of {new_tokens} sampled, {found.greedy_agreement:.0%} the same; first choice of {found.rows} rows "

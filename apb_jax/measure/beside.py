@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apb_jax.attention.registry import METHODS, MethodSpec
 from apb_jax.engine import Engine
@@ -25,12 +25,6 @@ class Beside:
         if METHODS[spec.name][0].can.max_shards != 1 or first.shards == 1:
             return first.with_method(spec)
         if self._single is None:
-            self._single = Engine(
-                first.model,
-                spec,
-                make_mesh(1),
-                kernels=first.programs.kernels,
-                template=first.template,
-                state=first.state if first.mesh.size == 1 else None,
-            )
+            alone = replace(first.settings, virtual_shards=1, slice_decode=False)
+            self._single = Engine(first.model, spec, make_mesh(1), settings=alone, beside=first)
         return self._single.with_method(spec)

@@ -16,13 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.inputs import Kernels, LayerInputs, Shard
 from apb_jax.attention.layout import Layout
 from apb_jax.attention.method import AttentionMethod
+from apb_jax.mesh import SP, TP
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.heads import FoldedRetainingHead
+from apb_jax.prefill import PrefillRows
+from apb_jax.session import Session
 
 ROWS = 16
 """Document rows sampled on every shard, evenly over its block; fewer where the head dimension has no more channels."""
@@ -79,20 +83,55 @@ def sample_rows(layout: Layout, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return index, real
 
 
+def recovered_mass(session: Session) -> RecoveredMass | None:
+    """How much of full attention's mass the method's prefill saw; None where that is not defined.
+
+    Runs the prefill once more, with twice the attention; sampled rows of all requests and shards together.
+    """
+    engine, programs, layout = session.engine, session.engine.programs, session.layout
+    config, method = engine.model.config, session.method
+    if why_not(method, config, engine.shards) is not None:
+        return None
+    index, real = sample_rows(layout, config.head_dim)
+    inputs = PrefillRows(programs.place_rows(layout.positions), session.lengths)
+
+    def recover(weights: Any, tokens: Any, inputs: PrefillRows, sampled: Any) -> Any:
+        lengths = inputs.lengths
+        shard, model = lengths.shard(programs.shards), programs.model(weights)
+
+        def attend(x: LayerInputs, shares: Any) -> tuple[Any, Any]:
+            out, (k, _) = method.prefill(x, shard, programs.kernels)
+            kept = (k, lengths.kept(shard), lengths.positions_of(shard))
+            found = layer_shares(method, x, kept, sampled, shard, programs.kernels)
+            return out, shares.at[x.layer].set(found)
+
+        heads = config.num_heads // engine.mesh.shape[TP]
+        shares = jnp.zeros((config.num_layers, sampled.shape[0], heads, sampled.shape[1]), jnp.float32)
+        return model.run_layers(model.embed(tokens), inputs.positions, attend, shares, tp_axis=programs.tp_axis)[1]
+
+    local = P(None, SP)
+    specs = PrefillRows(local, P())  # type: ignore[arg-type]
+    make = lambda: programs.traced(recover, (programs.specs, local, specs, local), P(None, None, TP, SP))  # noqa: E731
+    args = (engine.state, programs.place_rows(layout.tokens), inputs, programs.place_rows(index))
+    shares = programs.call("recovered", method, make, args)
+    host = np.moveaxis(np.asarray(shares), 2, 1)[:, :, real.reshape(len(session.prompts), -1)]
+    return RecoveredMass(np.minimum(host, 1.0))
+
+
 def layer_shares(
     method: AttentionMethod,
     x: LayerInputs,
-    k_kept: Float[Array, "B C K D"],
-    kept: Int[Array, " B"],
-    kept_positions: Int[Array, "B C"],
+    block: tuple[Float[Array, "B C K D"], Int[Array, " B"], Int[Array, "B C"]],
     rows: Int[Array, "B R"],
     shard: Shard,
     kernels: Kernels,
 ) -> Float[Array, "B H R"]:
-    """Shares of the local ``rows`` in one layer, float32, inside ``shard_map``; ``k_kept``: the block's keys, rotated.
+    """Shares of the local ``rows`` in one layer, float32, inside ``shard_map``; not cut off at 1.
 
-    Not cut off at 1. Memory: the scores of R rows against the whole document, and the gathered keys.
+    ``block``: its keys (rotated), how many of them exist, and their positions. Memory: the scores of R rows against the
+    whole document, and the gathered keys.
     """
+    k_kept, kept, kept_positions = block
     batch = jnp.arange(x.q.shape[0])[:, None]
     channel = shard.index * rows.shape[1] + jnp.arange(rows.shape[1])[None]
     head = x.retaining

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +13,10 @@ import numpy as np
 from apb_jax.attention.inputs import Prompt
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.cache import DocumentCache
+from apb_jax.engine import Engine
 from apb_jax.mesh import SP
-
-if TYPE_CHECKING:
-    from apb_jax.engine import Engine
+from apb_jax.prefill import PrefillRows, PrefillState, layers_program
+from apb_jax.programs import Lengths
 
 COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum", "pmax", "reduce_scatter")
 
@@ -51,8 +51,6 @@ def received(name: str, sent: int, made: int, members: int) -> float:
 
 def layer_traffic(engine: Engine, method: AttentionMethod, prompts: list[Prompt]) -> Traffic:
     """Of ``method`` on the engine's shards for these prompts; traced with shapes only, nothing runs."""
-    from apb_jax.programs import Lengths
-
     config, shards, dtype = engine.model.config, engine.shards, engine.model.dtype
     layout = method.layout(prompts, shards)
     batch, _, rows = layout.tokens.shape
@@ -60,8 +58,10 @@ def layer_traffic(engine: Engine, method: AttentionMethod, prompts: list[Prompt]
     cache = jax.eval_shape(lambda: DocumentCache.zeros(config, batch, layout.kept_capacity * shards, dtype))
     lengths = Lengths.of(layout, np.asarray([len(p.query) for p in prompts], np.int32))
     hidden, places = shape((batch, rows * shards, config.hidden_size), dtype), shape((batch, rows * shards), np.int32)
-    program = engine.programs.prefill_program(method, 1)
-    traced = jax.make_jaxpr(program)(engine.state, hidden, places, lengths, cache, shape((), np.int32))
+    program = layers_program(engine.programs, method, 1)
+    rows_in = PrefillRows(places, lengths)  # type: ignore[arg-type]
+    state = PrefillState(hidden, cache)  # type: ignore[arg-type]
+    traced = jax.make_jaxpr(program)(engine.state, state, rows_in, shape((), np.int32))
     counts: Counter[str] = Counter()
     total = 0.0
     for equation in equations(traced.jaxpr):

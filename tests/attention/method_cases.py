@@ -14,8 +14,8 @@ import apb_jax
 from apb_jax.attention import Prompt
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.registry import METHODS
+from apb_jax.decode import DecodePlan
 from apb_jax.measure.traffic import Traffic, layer_traffic
-from apb_jax.programs import own_decode
 from apb_jax.rope.string import with_string
 
 DOCUMENT, QUERY = ids(1, 251), ids(2, 9)  # a prime length: no shard count divides it
@@ -141,7 +141,7 @@ def answer(
     loaded = loaded or model()
     engine = engine_on(loaded, sp).with_method(chosen)
     if new_tokens is None:  # a decoding step costs a program; most methods share one that other tests exercise
-        own = not isinstance(chosen, str) and own_decode(chosen) is not None
+        own = not isinstance(chosen, str) and DecodePlan.of(chosen).method is not None
         new_tokens = 2 if own else 1
     out = engine.generate(document, query, new_tokens, stop_ids=(), logits=True)
     for one in out if isinstance(out, list) else [out]:

@@ -198,7 +198,7 @@ def prefill_jaxpr(engine: Any, method: Any) -> Any:
 
     def capture(body: Any, *rest: Any, **options: Any) -> Any:
         program = traced(body, *rest, **options)
-        if body.__qualname__.startswith("Programs.prefill_program."):
+        if body.__name__ == "prefill_layers":
             captured.append(program)
         return program
 

@@ -192,8 +192,7 @@ def test_apb_query_and_decode(replay: Any, name: str, reading: str) -> None:
     case, want = replay(name), replay(name).recorded(reading)
     if not want:
         pytest.skip(f"{name} has no recording {reading}.npz")
-    engine = case.engine.with_method(case.method)
-    engine.bottom_right_query = reading == "query_code"
+    engine = case.engine.with_method(case.method, bottom_right_query=reading == "query_code")
     answer = engine.generate(case.document, case.query, case.settings["steps"], stop_ids=(), logits=True)
     assert answer.tokens == want["tokens"].tolist()
     close(answer.query_logits, want["query_logits"], "query logits")

@@ -16,7 +16,7 @@ from apb_jax.attention.inputs import LayerInputs, Shard
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.registry import METHODS
 from apb_jax.attention.streaming import Streaming
-from apb_jax.measure.recovered import ROWS, layer_shares
+from apb_jax.measure.recovered import ROWS, layer_shares, recovered_mass
 from apb_jax.mesh import SP, make_mesh
 from apb_jax.rope.base import DefaultRope, rope_table
 from apb_jax.virtual import on_one_device
@@ -27,7 +27,7 @@ DEFINED = [name for name in CASES if METHODS[name][0].can.true_positions]
 def recovered(chosen: AttentionMethod, sp: int) -> np.ndarray | None:
     """float32 [L, H, rows], or None where it is not defined."""
     engine = engine_on(model(), sp).with_method(chosen)
-    mass = engine.prefill([engine.prompt(DOCUMENT, QUERY)]).recovered_mass()
+    mass = recovered_mass(engine.prefill([engine.prompt(DOCUMENT, QUERY)]))
     return None if mass is None else mass.shares
 
 
@@ -76,7 +76,7 @@ def test_tensor_parallelism_changes_nothing(tp: int) -> None:
 
     spec = method("star")
     engine = Engine(model(), spec, make_mesh(sp=2, tp=tp))
-    mass = engine.prefill([engine.prompt(DOCUMENT, QUERY)]).recovered_mass()
+    mass = recovered_mass(engine.prefill([engine.prompt(DOCUMENT, QUERY)]))
     assert mass is not None
     reference = recovered(spec, 2)
     assert reference is not None
@@ -103,7 +103,7 @@ def test_against_the_probabilities_of_a_window() -> None:
         lengths = jnp.full((1,), rows, jnp.int32)
         shard = Shard(jax.lax.axis_index(SP), lengths, lengths, 0 * lengths, 0 * lengths, 1, SP, (("block", rows),))
         _, (kept, _) = chosen.prefill(x, shard, Kernels())
-        return layer_shares(chosen, x, kept, lengths, positions, sampled, shard, Kernels())
+        return layer_shares(chosen, x, (kept, lengths, positions), sampled, shard, Kernels())
 
     got = np.asarray(on_one_device(body, (P(),), P(None, None, SP), 1)(x))[0]
     turned_q, turned_k = (np.asarray(y, np.float64)[0] for y in x.rotated())

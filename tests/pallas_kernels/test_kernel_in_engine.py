@@ -35,7 +35,7 @@ def test_weights_and_cache_are_not_sliced(virtual_shards: int, monkeypatch: pyte
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), traced.out_info)
 
     monkeypatch.setattr(Programs, "call", lower)
-    session.generate(2, stop_ids=())
+    session.start(None, 2, stop_ids=()).step()
     config = engine.model.config
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = f"{session.cache.k.shape[2]}x{config.num_kv_heads}x{config.head_dim}"

@@ -1,0 +1,193 @@
+"""The device programs behind the prefill: the query over the sharded cache, then token by token, around one state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from apb_jax.attention.full import Full
+from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs
+from apb_jax.attention.method import AttentionMethod
+from apb_jax.cache import DocumentCache, TailCache
+from apb_jax.programs import Lengths, Programs
+from apb_jax.sampling import draw, greedy
+
+CHUNK = 16
+"""Tokens decoded on the devices before the host looks: what is streamed at a time."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Asked:
+    """What an answer was asked for with, replicated: arguments, so that other values are not another program."""
+
+    lengths: Lengths
+    stop: Int[Array, " Z"]
+    """Ids that end an answer, filled up with -1."""
+    new_tokens: Int[Array, ""]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """What goes from chunk to chunk, donated to each: the last token of every request and the KV of the tail."""
+
+    token: Int[Array, " B"]
+    done: Array
+    """bool [B]: requests that met a stop id."""
+    made: Int[Array, ""]
+    """Tokens generated so far, ``token`` included."""
+    key: Array
+    """uint32 key data, so that it can be placed like any array."""
+    tail: TailCache
+
+    @staticmethod
+    def specs() -> DecodeState:
+        """Replicated, but for the heads of the tail over ``tp``."""
+        return DecodeState(P(), P(), P(), P(), TailCache.specs())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What decoding programs are compiled for, beside shapes."""
+
+    method: AttentionMethod | None
+    """The method where it decodes in its own way, else None: the common rule."""
+    greedy: bool = True
+    with_logits: bool = False
+    bottom_right: bool = False
+    """The originals' causal quirk of the query phase (thunlp/APB's code, not its paper)."""
+
+    @classmethod
+    def of(cls, method: AttentionMethod, **choices: bool) -> DecodePlan:
+        """The plan of ``method``."""
+        own = method if type(method).decode is not AttentionMethod.decode else None
+        return cls(own, **choices)
+
+    @property
+    def rule(self) -> AttentionMethod:
+        """Whose ``decode`` runs."""
+        return self.method or Full()
+
+
+@dataclass(frozen=True)
+class TailRows:
+    """M tail tokens of each request from slot ``slot`` on, ``rows`` of them real."""
+
+    tokens: Int[Array, "B M"]
+    slot: Int[Array, " B"]
+    rows: Int[Array, " B"]
+    query_tokens: Int[Array, " B"] | None = None
+    """Given where the quirk of the query phase is asked for."""
+
+
+def extend(
+    programs: Programs,
+    method: AttentionMethod,
+    weights: nnx.State,
+    new: TailRows,
+    lengths: Lengths,
+    cache: DocumentCache,
+    tail: TailCache,
+) -> tuple[Float[Array, "B M E"], TailCache]:
+    """New tail tokens through all layers; inside a program."""
+    shard, model = lengths.shard(programs.shards), programs.model(weights)
+    positions = (lengths.tail_start + new.slot)[:, None] + jnp.arange(new.tokens.shape[1], dtype=jnp.int32)[None]
+
+    def attend(inputs: LayerInputs, tail: TailCache) -> tuple[Any, TailCache]:
+        tail = tail.write(inputs.layer, new.slot, inputs.rotated()[1], inputs.v)
+        document = cache.at(inputs.layer)
+        if programs.virtual_shards > 1:  # moving the mapped axis to the front would copy the whole stack
+            document = CachedLayer.of(*document.alone())
+        cached = Cached(
+            document=document,
+            kept_tokens=lengths.kept(shard),
+            kept_positions=lengths.positions_of(shard),
+            tail=tail.at(inputs.layer).alone(),
+            tail_offset=new.slot,
+            tail_position=lengths.tail_start,
+            rows=new.rows,
+            query_tokens=new.query_tokens,
+        )
+        return method.decode(inputs, cached, shard), tail
+
+    return model.run_layers(
+        model.embed(new.tokens), positions, attend, tail,
+        start=jnp.int32(0), tp_axis=programs.tp_axis, slices=programs.slices, in_place=True,
+    )  # fmt: skip
+
+
+def query(
+    programs: Programs,
+    plan: DecodePlan,
+    weights: nnx.State,
+    tokens: Int[Array, "B M"],
+    lengths: Lengths,
+    cache: DocumentCache,
+    tail: TailCache,
+) -> tuple[Float[Array, "B R V"], TailCache]:
+    """The query over the sharded cache: logits of its last row (R = 1), or of all M rows; ``tail`` is donated."""
+
+    def body(weights: Any, tokens: Any, lengths: Lengths, cache: DocumentCache, tail: TailCache) -> Any:
+        asked = lengths.query_tokens
+        new = TailRows(tokens, jnp.zeros_like(asked), asked, asked if plan.bottom_right else None)
+        x, tail = extend(programs, plan.rule, weights, new, lengths, cache, tail)
+        if not plan.with_logits:
+            x = jnp.take_along_axis(x, (asked - 1)[:, None, None], axis=1)
+        return programs.model(weights).logits(x, programs.tp_axis, programs.slices), tail
+
+    caches, tails = DocumentCache.specs(), TailCache.specs()
+    make = lambda: programs.traced(  # noqa: E731
+        body, (programs.specs, P(), P(), caches, tails), (P(), tails), donate=(4,)
+    )
+    return programs.call("query", plan, make, (weights, tokens, lengths, cache, tail))
+
+
+def decode(
+    programs: Programs, plan: DecodePlan, weights: nnx.State, cache: DocumentCache, asked: Asked, state: DecodeState
+) -> tuple[Int[Array, "B Q"], Float[Array, "Q B V"], DecodeState]:
+    """Up to CHUNK tokens on the devices in one ``while_loop``; ends early when every request is done or has enough.
+
+    Returns the new tokens (-1 where a request had stopped or no step ran), their logits where the plan wants them, and
+    the state for the next call; ``state`` is donated.
+    """
+
+    def body(weights: Any, cache: DocumentCache, asked: Asked, state: DecodeState) -> Any:
+        batch, vocabulary = state.token.shape[0], programs.config.vocab_size
+        lengths, first = asked.lengths, state.made
+
+        def more(loop: Any) -> Any:
+            _, _, state = loop
+            return (state.made - first < CHUNK) & (state.made < asked.new_tokens) & ~jnp.all(state.done)
+
+        def step(loop: Any) -> Any:
+            out, rows, state = loop
+            slot = lengths.query_tokens + state.made - 1
+            new = TailRows(state.token[:, None], slot, jnp.ones_like(slot))
+            x, tail = extend(programs, plan.rule, weights, new, lengths, cache, state.tail)
+            logits = programs.model(weights).logits(x, programs.tp_axis, programs.slices)[:, 0]
+            key, use = jax.random.split(jax.random.wrap_key_data(state.key))
+            token = greedy(logits) if plan.greedy else draw(logits, use, asked.temperature, asked.top_p)
+            done = state.done | jnp.any(token[:, None] == asked.stop[None], axis=1)
+            place = state.made - first
+            out = out.at[:, place].set(jnp.where(done, -1, token))
+            rows = rows.at[place].set(logits) if plan.with_logits else rows
+            return out, rows, DecodeState(token, done, state.made + 1, jax.random.key_data(key), tail)
+
+        out = jnp.full((batch, CHUNK), -1, jnp.int32)
+        rows = jnp.zeros((CHUNK, batch, vocabulary) if plan.with_logits else (0,), jnp.float32)
+        return jax.lax.while_loop(more, step, (out, rows, state))
+
+    states = DecodeState.specs()
+    make = lambda: programs.traced(  # noqa: E731
+        body, (programs.specs, DocumentCache.specs(), P(), states), (P(), P(), states), donate=(3,)
+    )
+    return programs.call("decode", plan, make, (weights, cache, asked, state))

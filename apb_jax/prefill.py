@@ -1,0 +1,103 @@
+"""The prefill's device programs: documents through the layers, their KV into the cache, around one state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from apb_jax.attention.inputs import LayerInputs
+from apb_jax.attention.method import AttentionMethod
+from apb_jax.cache import DocumentCache
+from apb_jax.mesh import SP
+from apb_jax.programs import Lengths, Programs
+
+GROUPS = 8
+"""At most so many groups are the layers cut into: what progress is reported by."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillState:
+    """What goes from layer to layer, donated to each program: hidden rows, and the KV kept so far."""
+
+    x: Float[Array, "B N*S E"]
+    cache: DocumentCache
+
+    @staticmethod
+    def specs() -> PrefillState:
+        """Rows over ``sp``."""
+        return PrefillState(P(None, SP, None), DocumentCache.specs())  # type: ignore[arg-type]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillRows:
+    """What stays the same in all layers: positions of the local rows, and the lengths of the requests."""
+
+    positions: Int[Array, "B N*S"]
+    lengths: Lengths
+
+
+def embed(programs: Programs, weights: nnx.State, tokens: Int[Array, "B N*S"]) -> Float[Array, "B N*S E"]:
+    """Token embeddings of all local rows."""
+    make = lambda: programs.traced(  # noqa: E731 - one line a program
+        lambda weights, tokens: programs.model(weights).embed(tokens), (programs.specs, P(None, SP)), P(None, SP, None)
+    )
+    return programs.call("embed", None, make, (weights, tokens))
+
+
+def layers_program(programs: Programs, method: AttentionMethod, count: int) -> Any:
+    """The jitted program (weights, state, rows, first layer) -> state of ``count`` layers in one scan."""
+
+    def prefill_layers(weights: Any, state: PrefillState, rows: PrefillRows, start: Any) -> PrefillState:
+        shard = rows.lengths.shard(programs.shards)
+
+        def attend(inputs: LayerInputs, cache: DocumentCache) -> tuple[Any, DocumentCache]:
+            out, (k, v) = method.prefill(inputs, shard, programs.kernels)
+            return out, cache.write(inputs.layer, k, v)
+
+        model = programs.model(weights)
+        x, cache = model.run_layers(
+            state.x, rows.positions, attend, state.cache, start=start, count=count, tp_axis=programs.tp_axis
+        )
+        return PrefillState(x, cache)
+
+    state, rows = PrefillState.specs(), PrefillRows(P(None, SP), P())  # type: ignore[arg-type]
+    return programs.traced(prefill_layers, (programs.specs, state, rows, P()), state, donate=(1,))
+
+
+def layer_groups(layers: int) -> int:
+    """Into how many equal groups the layers are cut for the progress bar: the largest divisor up to GROUPS."""
+    return max(n for n in range(1, GROUPS + 1) if layers % n == 0)
+
+
+def run(
+    programs: Programs,
+    method: AttentionMethod,
+    weights: nnx.State,
+    tokens: Int[Array, "B N*S"],
+    rows: PrefillRows,
+    cache: DocumentCache,
+) -> Iterator[tuple[int, PrefillState]]:
+    """(layers done, state) before the first and after every group of layers, each finished on the devices.
+
+    A state is donated to the next group: only the last one can be kept. Who stops asking stops the prefill.
+    """
+    layers = programs.config.num_layers
+    size = layers // layer_groups(layers)
+    state = PrefillState(embed(programs, weights, tokens), cache)
+    yield 0, state
+    for first in range(0, layers, size):
+        start = programs.place(np.int32(first))
+        state = programs.call(
+            "prefill", (method, size), lambda: layers_program(programs, method, size), (weights, state, rows, start)
+        )
+        jax.block_until_ready(state)
+        yield first + size, state

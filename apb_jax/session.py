@@ -1,0 +1,92 @@
+"""A session: documents whose KV is on the devices, asked as often as one likes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from apb_jax.attention.inputs import Prompt
+from apb_jax.attention.layout import Layout
+from apb_jax.attention.method import AttentionMethod
+from apb_jax.cache import DocumentCache
+from apb_jax.errors import UserError
+from apb_jax.generation import Answer, Generation, OnTokens, Wanted, teacher_forced
+from apb_jax.programs import Lengths
+from apb_jax.prompt import Text
+from apb_jax.sampling import Sampler
+
+if TYPE_CHECKING:
+    from apb_jax.engine import Engine
+
+
+def is_batch(value: Text | Sequence[Text]) -> bool:
+    """Whether this is a list of requests rather than one text or one list of ids."""
+    return isinstance(value, list | tuple) and bool(value) and not isinstance(value[0], int | np.integer)
+
+
+@dataclass
+class Session:
+    """Documents that are on the devices. Answers do not depend on each other or on their order."""
+
+    engine: Engine
+    method: AttentionMethod
+    layout: Layout
+    prompts: list[Prompt]
+    lengths: Lengths
+    cache: DocumentCache
+    prefill_s: float
+    compile_s: float
+    notes: tuple[str, ...]
+
+    def ask(
+        self, query: Text | Sequence[Text] | None = None, max_new_tokens: int = 32, **options: Any
+    ) -> Answer | list[Answer]:
+        """Answer ``query`` (text or ids; a list of either asks each document its own; None: the prefilled ones).
+
+        ``options``: those of ``start``. One answer for one document, a list for a batch.
+        """
+        generation = self.start(query, max_new_tokens, **options)
+        while not generation.finished:
+            generation.step()
+        answers = generation.answers()
+        return answers[0] if len(answers) == 1 else answers
+
+    def generate(self, max_new_tokens: int = 32, **options: Any) -> list[Answer]:
+        """Answer the queries that the documents were prefilled with: one answer a request."""
+        answers = self.ask(None, max_new_tokens, **options)
+        return answers if isinstance(answers, list) else [answers]
+
+    def start(
+        self,
+        query: Text | Sequence[Text] | None = None,
+        max_new_tokens: int = 32,
+        *,
+        sampler: Sampler = Sampler(),  # noqa: B008 - frozen
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+        logits: bool = False,
+        on_tokens: OnTokens | None = None,
+    ) -> Generation:
+        """The query phase now, and an answer to be decoded chunk by chunk; see ``Engine.generate``."""
+        stops = self.engine.stop_ids if stop_ids is None else tuple(stop_ids)
+        wanted = Wanted(max_new_tokens, sampler, seed, stops, logits)
+        queries = self.queries(query)
+        self.engine.check_lengths(self.prompts, queries, max_new_tokens)
+        return Generation(self, queries, wanted, on_tokens)
+
+    def queries(self, query: Text | Sequence[Text] | None) -> list[np.ndarray]:
+        """Token ids of every request's query."""
+        if query is None:
+            return [prompt.query for prompt in self.prompts]
+        given = list(query) if is_batch(query) else [query] * len(self.prompts)
+        if len(given) != len(self.prompts):
+            raise UserError(f"{len(self.prompts)} documents and {len(given)} queries; give one query, or one each")
+        made = [self.engine.prompt(p.document, q) for p, q in zip(self.prompts, given, strict=True)]  # type: ignore[arg-type]
+        return [prompt.query for prompt in made]
+
+    def logits(self, continuation: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:
+        """Logits float32 [query + continuation tokens, V] of each request with a given answer (teacher forcing)."""
+        return teacher_forced(self, continuation)
