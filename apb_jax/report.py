@@ -120,12 +120,15 @@ def first_number(text: str) -> str | None:
     return found[0] if found else None
 
 
-def describe(session: Session, answer: Answer, truth: str | None) -> dict[str, Any]:
-    """One method's part of the JSON object: what ran, on what, what came out, what it cost."""
+def describe(session: Session, answer: Answer, truth: str | None, *, alone: bool = True) -> dict[str, Any]:
+    """One method's part of the JSON object: what ran, on what, what came out, what it cost.
+
+    ``alone``: no other method ran in this process, so that the devices' own peak is this one's.
+    """
     import jax
 
     engine = session.engine
-    peak, source = peak_bytes(engine)
+    peak, source = peak_bytes(engine, measured=alone)
     device = jax.devices()[0]
     settings = engine.settings
     return {

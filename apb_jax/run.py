@@ -104,8 +104,9 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         notes.append(f"one shard: {name} is plain full attention; --virtual-shards 8 splits the document on one device")
     repeat = int(bool(others)) if config.repeat is None else config.repeat
     asking = Asking(
-        task.prompt, new_tokens(config), sampler, config.seed, () if engine.codec is None else None, task.truth, repeat
-    )
+        task.prompt, new_tokens(config), sampler, config.seed, () if engine.codec is None else None, task.truth,
+        repeat=repeat, alone=not others,
+    )  # fmt: skip
     with jax.profiler.trace(config.profile) if config.profile else contextlib.nullcontext():
         show_method(console, engine, asking, notes)
         with screen.StageBar(console) as bar:

@@ -15,7 +15,7 @@ from apb_jax.generation import Answer, OnTokens
 from apb_jax.measure.receipt import receipt
 from apb_jax.measure.recovered import recovered_mass
 from apb_jax.measure.traffic import layer_traffic
-from apb_jax.report import describe, peak_bytes
+from apb_jax.report import describe
 from apb_jax.sampling import Sampler
 
 
@@ -31,6 +31,8 @@ class Asking:
     truth: str | None = None
     repeat: int = 1
     """Timed prefills after the first one, which compiles; 0: the first one counts."""
+    alone: bool = True
+    """Whether no other method runs in this process, so that the devices' own peak is this method's."""
     mass: bool = True
     """Whether the recovered attention mass is measured: one more prefill with twice the attention."""
 
@@ -42,7 +44,7 @@ def run_one(engine: Engine, asking: Asking, on_tokens: OnTokens | None = None) -
     (answer,) = session.generate(
         asking.new_tokens, sampler=asking.sampler, seed=asking.seed, stop_ids=asking.stop_ids, on_tokens=on_tokens
     )
-    return describe(session, answer, asking.truth), answer
+    return describe(session, answer, asking.truth, alone=asking.alone), answer
 
 
 def timed(engine: Engine, asking: Asking, result: dict[str, Any]) -> None:
@@ -59,13 +61,10 @@ def timed(engine: Engine, asking: Asking, result: dict[str, Any]) -> None:
 
 
 def measured(engine: Engine, asking: Asking, result: dict[str, Any], answers: Sequence[Answer]) -> list[np.ndarray]:
-    """Traffic, memory and recovered mass into ``result``; logits of the query followed by each of ``answers``."""
-    peak, source = peak_bytes(engine, measured=False)
+    """Traffic and recovered mass into ``result``; logits of the query followed by each of ``answers``."""
     session = engine.prefill([asking.prompt])
     moved = layer_traffic(engine, session.method, [asking.prompt])
     result |= {
-        "peak_bytes_per_device": peak,
-        "memory_source": source,
         "collectives_per_layer": moved.collectives,
         "bytes_per_layer": moved.received_bytes,
     }
