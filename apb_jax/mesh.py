@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from jax.sharding import Mesh
 from apb_jax.errors import UserError
 
 SP, TP = "sp", "tp"
+HEARTBEAT_S = 30
+"""After so many seconds without a sign of life from one process of several the others end."""
 
 
 def simulate_devices(count: int) -> None:
@@ -42,12 +46,13 @@ def has_accelerator() -> bool:
 def make_mesh(sp: int | None = None, tp: int = 1, *, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh of ``sp`` x ``tp`` devices; ``sp`` defaults to all devices / ``tp``.
 
-    Raises UserError where the machine has too few devices.
+    Of several processes each gives the same number, so that none is left without a shard. Raises UserError where the
+    machine has too few devices.
     """
     available = list(devices) if devices is not None else jax.devices()
     for name, value in (("sp", sp), ("tp", tp)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"--{name} is {value!r}; it must be a whole number of at least 1")
     if sp is None:
         sp = max(1, len(available) // tp)
     needed = sp * tp
@@ -56,18 +61,84 @@ def make_mesh(sp: int | None = None, tp: int = 1, *, devices: list[jax.Device] |
             f"a mesh of sp={sp} x tp={tp} needs {needed} devices, here are {len(available)}; "
             f"nearest legal choice: --sp {max(1, len(available) // tp)} --tp {min(tp, len(available))}"
         )
-    return Mesh(np.asarray(available[:needed]).reshape(sp, tp), (SP, TP))
+    return Mesh(np.asarray(_evenly(available, needed)).reshape(sp, tp), (SP, TP))
 
 
-def start_distributed(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join a run of several processes (``jax.distributed``); with nothing given, do nothing.
+def _evenly(available: list[jax.Device], needed: int) -> list[jax.Device]:
+    """``needed`` devices, equally many of every process, in the order of ``available``."""
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in available:
+        by_process.setdefault(device.process_index, []).append(device)
+    count = len(by_process)
+    if needed % count:
+        raise UserError(
+            f"a mesh of {needed} devices leaves {count} processes unequal shares; "
+            f"nearest legal choice: {max(1, needed // count) * count} devices (--sp times --tp)"
+        )
+    share = needed // count
+    if any(len(own) < share for own in by_process.values()):
+        raise UserError(f"a mesh of {needed} devices needs {share} in each of {count} processes; one has fewer")
+    return [device for own in by_process.values() for device in own[:share]]
 
-    On CPU the processes talk through gloo.
-    """
-    if coordinator is None and processes is None and process is None:
-        return
-    if coordinator is None or processes is None or process is None:
-        raise UserError("--coordinator HOST:PORT, --processes N and --process I must be given together")
-    if not 0 <= process < processes:
-        raise UserError(f"--process is {process}; it must lie in 0..{processes - 1} (--processes {processes})")
-    jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array on every host, also where other processes hold parts of it; all must call."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(x, tiled=True))
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How this process joins a run of several: as the command line says, or as SLURM or mpirun started it."""
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    def __post_init__(self) -> None:
+        given = (self.coordinator, self.processes, self.process)
+        if all(value is None for value in given):
+            return
+        if any(value is None for value in given):
+            raise UserError("--coordinator HOST:PORT, --processes N and --process I must be given together")
+        assert self.coordinator is not None
+        assert self.processes is not None
+        assert self.process is not None
+        if not re.fullmatch(r"[^\s:]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", self.coordinator):
+            raise UserError(f"--coordinator is {self.coordinator!r}; it must be HOST:PORT, for example 10.0.0.1:1234")
+        if not 0 <= self.process < self.processes:
+            raise UserError(
+                f"--process is {self.process}; it must lie in 0..{self.processes - 1} (--processes {self.processes})"
+            )
+
+    @property
+    def count(self) -> int:
+        """Processes of the run."""
+        return self.processes or launched()
+
+    def start(self) -> None:
+        """Join (``jax.distributed``); nothing where there is one process. On CPU the processes talk through gloo.
+
+        Where one dies, the others end within HEARTBEAT_S.
+        """
+        if self.count == 1 and self.coordinator is None:
+            return
+        try:
+            jax.distributed.initialize(
+                self.coordinator, self.processes, self.process, heartbeat_timeout_seconds=HEARTBEAT_S
+            )
+        except (RuntimeError, ValueError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise UserError(f"this process could not join the others at {self.coordinator}: {line}") from error
+
+
+def launched() -> int:
+    """Processes that SLURM (srun) or Open MPI (mpirun) started together with this one; 1 without them."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            return int(count)
+    return 1

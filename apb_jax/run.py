@@ -27,13 +27,20 @@ if TYPE_CHECKING:
 
 def choose_devices(config: RunConfig, console: Console) -> None:
     """Simulated devices where there is no accelerator; the process group where there are several processes."""
-    from apb_jax.mesh import has_accelerator, simulate_devices, start_distributed
+    from apb_jax.mesh import Joining, has_accelerator, simulate_devices
 
+    joining = Joining(config.coordinator, config.processes, config.process)
+    simulated = 0
     if not has_accelerator():
-        count = sequence_devices(config, DEFAULT_SIMULATED) * config.tp // (config.processes or 1)
-        simulate_devices(max(1, count))
-        console.print(f"no GPU here: {count} simulated CPU devices on this machine's cores", style="dim")
-    start_distributed(config.coordinator, config.processes, config.process)
+        simulated = max(1, sequence_devices(config, DEFAULT_SIMULATED) * config.tp // joining.count)
+        simulate_devices(simulated)
+    joining.start()
+    if joining.count > 1:
+        import jax
+
+        console.quiet = jax.process_index() > 0  # only the first of several processes speaks
+    if simulated:
+        console.print(f"no GPU here: {simulated} simulated CPU devices on this machine's cores", style="dim")
 
 
 def sequence_devices(config: RunConfig, default: int) -> int:
@@ -130,7 +137,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
             result = first[0]
     result |= {"model": config.model, "weights": config.weights or "checkpoint", "seed": config.seed}
     show_result(console, result)
-    if config.save and not config.process:
+    if config.save and not console.quiet:
         report.save(Path(config.save), result)
         console.print(f"saved: {config.save}/run.json and run.md", highlight=False, markup=False, emoji=False)
     return result
@@ -188,9 +195,8 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         # With --json the JSON line is the last one of standard output, and people read standard error.
         console = Console(stderr=config.json, soft_wrap=True)
-        with quiet_unless_first(config, console):
-            result = run(config, console)
-        if config.json and not config.process:
+        result = run(config, console)
+        if config.json and not console.quiet:
             print(json.dumps(result), flush=True)
         return 0
     except UserError as error:
@@ -206,13 +212,6 @@ def main(argv: list[str] | None = None) -> int:
         )
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def quiet_unless_first(config: RunConfig, console: Console) -> Any:
-    """Only process 0 of several prints."""
-    console.quiet = bool(config.process)
-    yield
 
 
 def interrupted(signum: int, frame: object) -> None:

@@ -7,7 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
+import time
+from typing import Any
 
 import pytest
 from hf_checkpoints import write_checkpoint
@@ -19,28 +20,103 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "APB_JAX_CACHE": "off"}
+ENVIRONMENT.pop("XLA_FLAGS", None)  # each process makes its own share of the simulated devices
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run on a model made here, without its mesh."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), heads=True)
+    return [sys.executable, "-m", "apb_jax.run", "--model", str(folder), "--seq", "250", "--json", "--anchor", "36",
+            "--passing", "8", "--query-at", "2"]  # fmt: skip
+
+
+def start(command: list[str], **extra: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | extra)
+
+
+def together(command: list[str], count: int = 2) -> list[subprocess.Popen[str]]:
+    """The same command as ``count`` processes that join."""
+    joined = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count)]
+    return [start([*command, *joined, "--process", str(i)]) for i in range(count)]
+
+
+def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The JSON object of a run that went well."""
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    return dict(json.loads(out.splitlines()[-1]))
+
+
 @pytest.mark.timeout(600)
-def test_two_processes_answer_as_one(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", heads=True)
-    command = [sys.executable, "-m", "apb_jax.run", "--model", str(folder), "--seq", "250", "--max-new-tokens", "20"]
-    command += ["--sp", "4", "--anchor", "36", "--passing", "8", "--query-at", "2", "--json"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "APB_JAX_CACHE": "off"}
-    environment.pop("XLA_FLAGS", None)  # each process makes its own share of the simulated devices
+@pytest.mark.parametrize("flags", [["--sp", "4", "--max-new-tokens", "20", "--compare", "full,ring"]])
+def test_two_processes_answer_and_compare_as_one(command: list[str], flags: list[str]) -> None:
+    """The answer, the receipts and the recovered mass; only the first process speaks."""
+    pair = together([*command, *flags])
+    first = outcome(pair[0])
+    assert "{" not in pair[1].communicate(timeout=60)[0]
+    alone = outcome(start([*command, *flags]))
+    assert first["mesh"] == alone["mesh"] == {"sp": 4, "tp": 1}
+    assert first["method"] == "apb"
+    assert len(alone["tokens"]) == 20
+    assert first["tokens"] == alone["tokens"]
+    for ours, theirs in zip([first, *first["compare"]], [alone, *alone["compare"]], strict=True):
+        assert ours["recovered_mass"]["mean"] == pytest.approx(theirs["recovered_mass"]["mean"], abs=1e-5)
+        if "receipt" in ours:
+            assert ours["receipt"]["kl_mean"] == pytest.approx(theirs["receipt"]["kl_mean"], abs=1e-5)
 
-    def start(*extra: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*command, *extra], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
 
+@pytest.mark.timeout(300)
+def test_a_mesh_smaller_than_the_devices_gives_every_process_a_share(command: list[str]) -> None:
+    """Two processes of four devices each, a mesh of two: one device of each, not two of the first."""
+    flags = [*command, "--sp", "2", "--max-new-tokens", "3"]
+    device_flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     port = free_port()
     joined = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
-    pair = [start(*joined, "--process", str(i)) for i in range(2)]
-    outputs = [process.communicate(timeout=500) for process in pair]
-    alone = start().communicate(timeout=300)
-    assert [process.returncode for process in pair] == [0, 0], outputs
-    together, single = (json.loads(out.splitlines()[-1]) for out in (outputs[0][0], alone[0]))
-    assert together["mesh"] == single["mesh"] == {"sp": 4, "tp": 1}
-    assert together["method"] == "apb"
-    assert len(single["tokens"]) == 20
-    assert together["tokens"] == single["tokens"]
-    assert "{" not in outputs[1][0], "only process 0 speaks"
+    pair = [start([*flags, *joined, "--process", str(i)], **device_flags) for i in range(2)]
+    first = outcome(pair[0])
+    pair[1].communicate(timeout=60)
+    assert pair[1].returncode == 0
+    assert first["tokens"] == outcome(start(flags))["tokens"]
+
+
+@pytest.mark.timeout(300)
+def test_a_mesh_that_leaves_unequal_shares_is_refused(command: list[str]) -> None:
+    pair = together([*command, "--sp", "3"])
+    for process in pair:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "unequal shares; nearest legal choice: 2 devices" in err
+
+
+@pytest.mark.timeout(300)
+def test_a_process_that_dies_ends_the_others(command: list[str]) -> None:
+    """Within a minute, not after the collective's own time-out."""
+    pair = together([*command, "--sp", "2", "--max-new-tokens", "200"])
+    time.sleep(6)
+    pair[1].kill()
+    began = time.monotonic()
+    _, err = pair[0].communicate(timeout=100)
+    assert time.monotonic() - began < 60
+    assert pair[0].returncode != 0
+    assert err.strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (
+            ["--coordinator", "nonsense", "--processes", "2", "--process", "0"],
+            "--coordinator is 'nonsense'; it must be",
+        ),
+        (["--processes", "2", "--process", "0"], "must be given together"),
+        (["--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "2"], "--process is 2; it must lie in 0..1"),
+    ],
+)
+def test_wrong_words_about_processes(command: list[str], flags: list[str], rule: str) -> None:
+    process = start([*command, *flags])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert rule in err
+    assert len(err.strip().splitlines()) == 1

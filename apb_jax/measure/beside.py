@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import jax
+
 from apb_jax.attention.registry import METHODS, MethodSpec
 from apb_jax.engine import Engine
+from apb_jax.errors import UserError
 from apb_jax.mesh import make_mesh
 
 
@@ -24,6 +27,11 @@ class Beside:
         first = self.first
         if METHODS[spec.name][0].can.max_shards != 1 or first.shards == 1:
             return first.with_method(spec)
+        if jax.process_count() > 1:
+            raise UserError(
+                f"method {spec.name!r} runs on one device and cannot stand beside {jax.process_count()} processes; "
+                "compare with it in a run of one process"
+            )
         if self._single is None:
             alone = replace(first.settings, virtual_shards=1, slice_decode=False)
             self._single = Engine(first.model, spec, make_mesh(1), settings=alone, beside=first)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.inputs import Kernels, LayerInputs, Shard
 from apb_jax.attention.layout import Layout
 from apb_jax.attention.method import AttentionMethod
-from apb_jax.mesh import SP, TP
+from apb_jax.mesh import SP, TP, to_host
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.heads import FoldedRetainingHead
 from apb_jax.prefill import PrefillRows
@@ -114,7 +114,7 @@ def recovered_mass(session: Session) -> RecoveredMass | None:
     make = lambda: programs.traced(recover, (programs.specs, local, specs, local), P(None, None, TP, SP))  # noqa: E731
     args = (engine.state, programs.place_rows(layout.tokens), inputs, programs.place_rows(index))
     shares = programs.call("recovered", method, make, args)
-    host = np.moveaxis(np.asarray(shares), 2, 1)[:, :, real.reshape(len(session.prompts), -1)]
+    host = np.moveaxis(to_host(shares), 2, 1)[:, :, real.reshape(len(session.prompts), -1)]
     return RecoveredMass(np.minimum(host, 1.0))
 
 
