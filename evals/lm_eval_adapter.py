@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from apb_jax.errors import UserError
-from evals.__main__ import EngineSystem, connect
-from evals.base import EvalError
-from evals.cli import SystemSpec
+from evals.base import EvalError, SystemSpec
 from evals.ruler.prompt import split_prompt
+from evals.system import EngineSystem, connect
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -30,12 +30,13 @@ from apb_jax.attention.registry import METHODS as REGISTRY
 from apb_jax.attention.registry import MethodSpec
 from apb_jax.errors import UserError
 from apb_jax.retaining.train import hf_heads, initial_heads
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.haystack import Haystack, filler, novel, read_text, split_held_out
+from apb_jax.synthetic.sample import tokens_of
+from apb_jax.synthetic.tasks import TASKS, World
+from apb_jax.synthetic.vocabulary import vocabulary
 from apb_jax.tiny import QUERY_AT
-from apb_jax.tiny.haystack import Haystack, filler, novel, read_text, split_held_out
-from apb_jax.tiny.sample import tokens_of
-from apb_jax.tiny.tasks import TASKS, World
-from apb_jax.tiny.tokenizer import BOS_ID, Encoder
-from apb_jax.tiny.words import vocabulary
+from apb_jax.tiny.tokenizer import BOS_ID
 
 APB_FORMS = ("apb-heads", "apb-query", "apb-random", "anchor-only")
 METHODS = ("full", *APB_FORMS, *(name for name in REGISTRY if name not in ("full", "apb")))

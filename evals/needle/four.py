@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evals.base import EvalError, Example
-from evals.needle.heatmap import templates
+from evals.needle.task import templates
 from evals.tokens import Tokens
 
 NEEDLES = 4
