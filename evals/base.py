@@ -5,6 +5,7 @@ them, and the Task scores the answers. Both sides are protocols, so any object w
 """
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,15 @@ from apb_jax.errors import UserError
 
 class EvalError(UserError):
     """The input is wrong: one line that names the value, the rule and the nearest legal choice."""
+
+
+UNSCORABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a scorer raises for an answer or a reference of a form that it does not know."""
+
+
+def text_facts(name: str, text: str) -> dict[str, str]:
+    """A text by name and hash: a run may be continued, or shown beside another, only on equal contents."""
+    return {"file": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def require_choice(what: str, value: str, choices: Iterable[str]) -> str:

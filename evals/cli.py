@@ -200,7 +200,10 @@ def _read_text(path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise EvalError(f"--text {path}: no such file")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EvalError(f"--text {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _haystack(args: argparse.Namespace) -> tuple[str, str]:
@@ -325,6 +328,10 @@ def _needle(args, connect: Connect) -> None:
 def _perplexity(args, connect: Connect) -> None:
     lengths = parse_lengths(args.seq)
     paths = args.text.split(",") if args.text else [NOVEL]
+    stems = [Path(path).stem for path in paths]
+    twice = [stem for stem in stems if stems.count(stem) > 1]
+    if twice:
+        raise EvalError(f"--text: {len(twice)} files are called {twice[0]!r}; rows go by that name, so rename one")
     texts = {Path(path).stem: _read_text(path) for path in paths}
 
     def make(tokens: Any) -> PerplexityPlan:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from evals.base import EvalError, Generator
+from evals.base import EvalError, Generator, text_facts
 from evals.runner import what_ran
 from evals.store import RunFolder
 
@@ -46,7 +46,7 @@ class LatencyPlan:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "text": self.text_name,
+            "data": text_facts(self.text_name, self.text),
             "lengths": list(self.lengths),
             "repeats": self.repeats,
             "warmups": self.warmups,

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from evals.base import EvalError, LogProbs, require_choice
+from evals.base import EvalError, LogProbs, require_choice, text_facts
 from evals.runner import what_ran
 from evals.store import RunFolder
 from evals.tokens import Tokens
@@ -60,7 +60,7 @@ class PerplexityPlan:
         return {
             "protocol": self.protocol,
             "window": self.window,
-            "texts": sorted(self.texts),
+            "data": [text_facts(name, self.texts[name]) for name in sorted(self.texts)],
             "lengths": list(self.lengths),
             "precision": "log-softmax, sum and exp in float32",
         }

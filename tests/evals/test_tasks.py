@@ -223,8 +223,8 @@ def test_labels_come_back_in_the_scorers_form(task, answer, label):
     ("row", "expected"),
     [
         ({"context": "c", "input": "i"}, "field 'answer' missing"),
-        ({"context": "c", "input": "i", "answer": []}, "record with an empty answer"),
-        ({"context": "c", "input": "i", "answer": ["no"], "options": list(OPTIONS)}, "none of the options"),
+        ({"context": "c", "input": "i", "answer": [], "options": list(OPTIONS)}, "with an empty answer"),
+        ({"context": "c", "input": "i", "answer": ["no"], "options": list(OPTIONS)}, "none of the 4 options"),
     ],
 )
 def test_wrong_records_are_refused(row, expected):
