@@ -151,8 +151,8 @@ def summarise(folder: RunFolder, tasks: Sequence[Task]) -> dict[str, Any]:
         groups.setdefault((row["task"], row["length"]), []).append(row)
     results = []
     for task in tasks:
-        rows = groups.get((task.name, task.length))
-        if any(row["score"] is not None for row in rows or ()):
+        rows = groups.get((task.name, task.length), [])
+        if any(row["score"] is not None for row in rows):
             facts = {"task": task.name, "length": task.length, "metric": task.metric}
             results.append({**facts, **_statistics(rows), "ran": what_ran(rows)})
     lengths = sorted({result["length"] for result in results})
