@@ -45,7 +45,7 @@ th:first-child { position:sticky; left:0; background:var(--paper); border-right:
 .wide::-webkit-scrollbar-thumb { background:var(--soft); border-radius:5px; }
 @media (max-width:700px) { .hint { display:block; } section { padding:18px 14px 20px; }
   header h1 { font-size:24px; overflow-wrap:anywhere; } h2 { overflow-wrap:anywhere; }
-  th:first-child { white-space:normal; overflow-wrap:anywhere; max-width:130px; } }
+  th:first-child { white-space:normal; overflow-wrap:break-word; min-width:96px; max-width:150px; } }
 @media (prefers-color-scheme:dark) { :root { color-scheme:dark; --ink:#e6e9ed; --soft:#a3acb8; --line:#363d47;
   --paper:#1b2027; --shade:#12161b; --accent:#6cb8f0; } p { color:#cfd5dc; } img { border-radius:10px; padding:8px; } }
 details { margin-top:16px; } summary { cursor:pointer; color:var(--accent); font-weight:600; }

@@ -189,9 +189,11 @@ def _section(key: tuple[str, str, str], runs: list[Run], out: Path, styles: Mapp
     note = f"{model}; {kind}{_samples(runs)}"
     if benchmark == "latency":
         note += f"; mean of {runs[0].config['repeats']} runs"
-    blocks = _SECTIONS[benchmark](
-        by_name, lambda title, end: plots.Sheet(title, note, out / f"{stem}{end}.png", styles)
-    )
+
+    def draw(title: str, end: str) -> plots.Sheet:
+        return plots.Sheet(title, note, out / f"{stem}{end}.png", styles)
+
+    blocks = _SECTIONS[benchmark](by_name, draw)
     return Section(f"{_TITLES[benchmark]}: {model}", [Paragraph(f"{kind}."), *blocks, *_how(by_name)])
 
 
