@@ -18,8 +18,8 @@ from rich.console import Console
 from apb_jax.options import parse
 from apb_jax.report import first_number, versions
 from apb_jax.run import choose_devices
+from apb_jax.synthetic.grading import wilson
 from apb_jax.task import make_task
-from apb_jax.tiny.evaluate import wilson
 
 
 def main() -> None:

@@ -1,167 +1,15 @@
-"""Connects the benchmarks to apb_jax: ``python -m evals ...``. The only place here that knows the engine."""
+"""``python -m evals``: the benchmarks on apb_jax; ``lm_eval`` hands over to lm-evaluation-harness."""
 
-import dataclasses
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-
-from apb_jax.errors import UserError
-from evals.base import Completion, EvalError
-from evals.cli import SystemSpec, main
-from evals.perplexity import Scored
-from evals.tokens import Tokens, as_tokens
-
-SIMULATED = 4
-"""Simulated devices on a machine without an accelerator, unless --sp says otherwise."""
-
-DEFAULT_TEXT = Path(sys.modules["apb_jax"].__file__ or "").parent / "tiny" / "data" / "coxon_fund.txt"
-
-
-class EngineSystem:
-    """An apb_jax engine under one method, as the benchmarks see it.
-
-    Prompts are sent as token ids: the benchmark's own wrapper is the whole template, and the tokenizer's
-    begin-of-text token is put in front once.
-    """
-
-    def __init__(self, engine: Any, spec: SystemSpec, method: str):
-        self._engine, self._spec, self._method = engine, spec, method
-        self.tokenizer = engine.model.tokenizer
-        self.tokens: Tokens = as_tokens(self.tokenizer)
-        bos = engine.model.tokenizer.bos_token_id
-        self._opening = [] if bos is None else [bos]
-
-    @property
-    def max_length(self) -> int:
-        return self._engine.model.config.max_positions
-
-    def count(self, text: str) -> int:
-        return self.tokens.count(text)
-
-    def generate(
-        self,
-        document: str,
-        query: str,
-        max_new_tokens: int,
-        *,
-        embedded_query: str | None = None,
-        ignore_stop: bool = False,
-    ) -> Completion:
-        """Greedy answer; one that would fill the positions to the last gives up a token for begin-of-text."""
-        document_ids, query_ids = self.open(self.tokens.encode(document)), self.tokens.encode(query)
-        room = self.max_length - len(document_ids) - len(query_ids)
-        if max_new_tokens - len(self._opening) <= room < max_new_tokens:
-            max_new_tokens = room
-        embedded = None if embedded_query is None else self.tokens.encode(embedded_query)
-        (answer,) = self.answer_ids(
-            [(document_ids, query_ids)], max_new_tokens, embedded_query=embedded, ignore_stop=ignore_stop
-        )
-        return Completion(
-            text=answer.text,
-            prompt_tokens=answer.document_tokens + answer.query_tokens,
-            generated_tokens=len(answer.tokens),
-            prefill_s=answer.prefill_s + answer.query_s,
-            decode_s=answer.decode_s,
-            facts=_facts(answer.method, answer.notes),
-        )
-
-    def log_probs(self, document: Sequence[int], segment: Sequence[int]) -> Scored:
-        """float32 log-probability of each segment token after the document and the segment before it.
-
-        The document (all but its last token) goes through the method's prefill; nothing of the segment is embedded.
-        """
-        opened = self.open(document)
-        if len(opened) == 1:
-            # The engine gives no logits of document tokens, so the first token of a text follows a doubled prefix.
-            opened = opened * 2
-        return self.score_ids(opened[:-1], opened[-1:], segment)
-
-    def answer_ids(
-        self,
-        prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
-        max_new_tokens: int,
-        *,
-        embedded_query: Sequence[int] | None = None,
-        ignore_stop: bool = False,
-    ) -> list[Any]:
-        """The engine's answers to a batch of (document, query) ids."""
-        session = self._engine.prefill([self._prompt(d, q, embedded_query) for d, q in prompts])
-        return session.generate(max_new_tokens, stop_ids=() if ignore_stop else None)
-
-    def score_ids(self, document: Sequence[int], query: Sequence[int], continuation: Sequence[int]) -> Scored:
-        """Log-probabilities of the continuation; ``greedy``: whether greedy decoding would give it."""
-        session = self._engine.prefill([self._prompt(document, query)])
-        (logits,) = session.logits([list(continuation[:-1])])
-        logits = logits[len(query) - 1 :]
-        targets = np.asarray(continuation)
-        top = logits.max(axis=-1, keepdims=True)
-        normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(axis=-1))
-        chosen = logits[np.arange(len(targets)), targets]
-        greedy = bool((logits.argmax(axis=-1) == targets).all())
-        return Scored(chosen - normaliser, _facts(session.method, session.notes), greedy)
-
-    def _prompt(self, document: Sequence[int], query: Sequence[int], embedded: Sequence[int] | None = None) -> Any:
-        ids = [None if x is None else np.asarray(x, np.int32) for x in (document, query, embedded)]
-        return self._engine.prompt(*ids)
-
-    def describe(self) -> dict[str, Any]:
-        import jax
-
-        engine, device = self._engine, jax.devices()[0]
-        return {
-            "model": engine.model.name,
-            "model_path": self._spec.model,
-            "weights": self._spec.weights or "checkpoint",
-            "heads": self._spec.heads or ("checkpoint" if engine.model.retaining_hidden is not None else "none"),
-            "method": self._method,
-            "method_options": self._spec.options.get(self._method, {}),
-            "dtype": engine.model.dtype.name,
-            "tokenizer": self.tokens.name,
-            "begin_token_added": bool(self._opening),
-            "mesh": dict(engine.mesh.shape),
-            "shards": engine.shards,
-            "device": f"{device.device_kind} ({device.platform})",
-            "decoding": "greedy",
-        }
-
-    def open(self, ids: Sequence[int]) -> list[int]:
-        """``ids`` behind one begin-of-text token."""
-        return list(ids) if list(ids[: len(self._opening)]) == self._opening else [*self._opening, *ids]
-
-
-def _facts(method: Any, notes: Sequence[str]) -> dict[str, Any]:
-    """What ran for one prompt: the method with its budgets, and the engine's notes (a fallback to full)."""
-    facts = {"method": method.name, **dataclasses.asdict(method)}
-    return {**facts, "notes": list(notes)} if notes else facts
-
-
-def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
-    """Load the model once; the returned function puts it under a method."""
-    from apb_jax.mesh import has_accelerator, make_mesh, simulate_devices
-
-    if not has_accelerator():
-        simulate_devices((spec.sp or (1 if spec.virtual_shards > 1 else SIMULATED)) * spec.tp)
-    from apb_jax.attention.registry import MethodSpec
-    from apb_jax.compile_cache import use_compile_cache
-    from apb_jax.engine import Engine
-    from apb_jax.measure.beside import Beside
-    from apb_jax.weights.checkpoint import load
-
-    use_compile_cache()
-    methods = {name: MethodSpec(name, spec.options.get(name, {})) for name in spec.methods}
-    mesh = make_mesh(spec.sp or (1 if spec.virtual_shards > 1 else None), spec.tp)
-    model = load(spec.model, weights=spec.weights, heads=spec.heads, dtype=spec.dtype)
-    if model.tokenizer is None:
-        raise UserError(f"model {spec.model!r} has no tokenizer; benchmarks need one")
-    engines = Beside(Engine(model, "full", mesh, template="base", virtual_shards=spec.virtual_shards))
-    return lambda name: EngineSystem(engines.of(methods[name]), spec, name)
+from evals.base import EvalError
+from evals.cli import main
+from evals.system import connect
 
 
 def run(argv: Sequence[str]) -> int:
-    """``python -m evals``; ``lm_eval`` hands over to lm-evaluation-harness."""
+    """Run one command; 0 on success, 2 on wrong input."""
     if argv[:1] == ["lm_eval"]:
         try:
             from evals.lm_eval_adapter import main as harness
@@ -169,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         return harness(argv[1:])
-    return main(argv, connect=connect, default_text=DEFAULT_TEXT, user_errors=(UserError,))
+    return main(argv, connect=connect)
 
 
 if __name__ == "__main__":

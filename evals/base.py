@@ -1,17 +1,31 @@
-"""What a benchmark and a system under test owe each other: Example, Completion, Generator, Task.
+"""What a benchmark and a system under test owe each other: Example, Completion, Generator, LogProbs, Task.
 
 A benchmark never sees a model, a model never sees a benchmark: a Task yields Examples, a Generator answers
 them, and the Task scores the answers. Both sides are protocols, so any object with the right methods will do.
 """
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 
-class EvalError(ValueError):
+from apb_jax.errors import UserError
+
+
+class EvalError(UserError):
     """The input is wrong: one line that names the value, the rule and the nearest legal choice."""
+
+
+UNSCORABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a scorer raises for an answer or a reference of a form that it does not know."""
+
+
+def text_facts(name: str, text: str) -> dict[str, str]:
+    """A text by name and hash: a run may be continued, or shown beside another, only on equal contents."""
+    return {"file": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def require_choice(what: str, value: str, choices: Iterable[str]) -> str:
@@ -98,6 +112,42 @@ class Generator(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """JSON facts for config.json: model, method and its options, dense layers or heads, dtype, device, versions."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Natural log-probabilities [n] of given tokens; ``greedy``: each was the likeliest; ``facts`` as in Completion."""
+
+    log_probs: np.ndarray
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    greedy: bool | None = None
+
+
+class LogProbs(Protocol):
+    """A system that can score given tokens."""
+
+    @property
+    def max_length(self) -> int | None: ...
+
+    def log_probs(self, document: Sequence[int], segment: Sequence[int]) -> Scored:
+        """Score each segment token after all tokens that stand before it."""
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class SystemSpec:
+    """Which model on which devices; ``options`` maps a method to its ``--set`` values."""
+
+    model: str
+    methods: tuple[str, ...]
+    options: dict[str, dict[str, Any]]
+    weights: str | None
+    heads: str | None
+    dtype: str | None
+    sp: int | None
+    tp: int
+    virtual_shards: int = 1
 
 
 class Task(Protocol):

@@ -6,22 +6,23 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from rich.console import Console
 
-from evals import latency, perplexity
-from evals.base import EvalError, Generator, Task, require_choice
+from apb_jax.errors import UserError
+from apb_jax.synthetic.packaged import NOVEL
+from evals.base import EvalError, Generator, LogProbs, SystemSpec, Task, require_choice
 from evals.datahelp import WHERE
 from evals.infinitebench import records as ib_records
 from evals.infinitebench.prompts import SETS
 from evals.infinitebench.scoring import RULES
 from evals.infinitebench.task import InfiniteBenchTask
+from evals.latency.task import LatencyPlan, minference_table, run_latency
 from evals.needle.four import FourNeedlesTask
-from evals.needle.heatmap import FORMS, HeatmapTask, even_depths
-from evals.perplexity import LogProbs
+from evals.needle.task import FORMS, HeatmapTask, even_depths
+from evals.perplexity.task import PROTOCOLS, PerplexityPlan, run_perplexity
 from evals.predictions import score_file
 from evals.report import write_report
 from evals.ruler import EXTRA_TASKS, TASKS, VARIANTS, RulerTask, corpus, needed_text
@@ -41,21 +42,6 @@ class System(Generator, LogProbs, Protocol):
     """A system under test as the command line needs it: it answers, scores given tokens, and lends its tokenizer."""
 
     tokens: Tokens
-
-
-@dataclass(frozen=True)
-class SystemSpec:
-    """Which model on which devices; ``options`` maps a method to its ``--set`` values."""
-
-    model: str
-    methods: tuple[str, ...]
-    options: dict[str, dict[str, Any]]
-    weights: str | None
-    heads: str | None
-    dtype: str | None
-    sp: int | None
-    tp: int
-    virtual_shards: int = 1
 
 
 Connect = Callable[[SystemSpec], Callable[[str], System]]
@@ -82,21 +68,18 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(lengths))
 
 
-def main(argv: Sequence[str], *, connect: Connect, default_text: Path, user_errors: tuple[type[Exception], ...]) -> int:
+def main(argv: Sequence[str], *, connect: Connect) -> int:
     """Run one command; 0 on success, 2 on wrong input after one line on stderr.
 
     Args:
       connect: loads the model when a command needs one.
-      default_text: haystack and perplexity text used without ``--data``.
-      user_errors: further exception types that mean wrong input.
     """
-    expected: tuple[type[Exception], ...] = (EvalError, *user_errors)
     try:
         if argv and not argv[0].startswith("-"):
             require_choice("command", argv[0], COMMANDS)
         args = _parser().parse_args(argv)
-        args.run(args, connect, default_text)
-    except expected as error:
+        args.run(args, connect)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -132,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     ppl = _benchmark(commands, "perplexity", "perplexity of long text", _perplexity)
     ppl.add_argument("--text", help="text files separated by commas (default: the packaged novel)")
     ppl.add_argument("--window", type=int, default=512, help="tokens scored per prefill (default: 512)")
-    ppl.add_argument("--protocol", default="tail", help=f"which tokens are scored: {', '.join(perplexity.PROTOCOLS)}")
+    ppl.add_argument("--protocol", default="tail", help=f"which tokens are scored: {', '.join(PROTOCOLS)}")
 
     speed = _benchmark(commands, "latency", "prefill and decode times over lengths", _latency)
     speed.add_argument("--repeats", type=int, default=5, help="timed runs per length (default: 5)")
@@ -144,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="Markdown, plots and one HTML page from run folders")
     report.add_argument("folders", nargs="+", metavar="DIR")
     report.add_argument("--out", help="folder for the report (default: the first DIR)")
-    report.set_defaults(run=lambda args, connect, text: _report(args))
+    report.set_defaults(run=lambda args, connect: _report(args))
 
     score = commands.add_parser("score", help="score predictions made elsewhere")
     score.add_argument("benchmark", help="ruler or infinitebench")
@@ -152,11 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--rule", default="official", help=f"InfiniteBench only: {', '.join(RULES)}")
     score.add_argument("--json", action="store_true", help="print one JSON line")
     score.add_argument("file", metavar="FILE.jsonl")
-    score.set_defaults(run=lambda args, connect, text: _score(args))
+    score.set_defaults(run=lambda args, connect: _score(args))
 
     commands.add_parser("lm_eval", help="lm-evaluation-harness with the model apb_jax; takes its arguments")
     data = commands.add_parser("data", help="where to get the benchmarks' data")
-    data.set_defaults(run=lambda args, connect, text: print(WHERE))
+    data.set_defaults(run=lambda args, connect: print(WHERE))
     return parser
 
 
@@ -217,17 +200,20 @@ def _read_text(path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise EvalError(f"--text {path}: no such file")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EvalError(f"--text {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _haystack(args: argparse.Namespace, default_text: Path) -> tuple[str, str]:
+def _haystack(args: argparse.Namespace) -> tuple[str, str]:
     """(text, name) of the haystack: --text, else the essays of --data, else the packaged novel."""
     if args.text:
         return _read_text(args.text), Path(args.text).name
     if args.data:
         path = corpus.find(args.data, "essays")
         return json.loads(path.read_text(encoding="utf-8"))["text"], path.name
-    return _read_text(default_text), default_text.name
+    return _read_text(NOVEL), NOVEL.name
 
 
 # -- benchmarks -------------------------------------------------------------------------------------------------------
@@ -254,7 +240,7 @@ def _run_task_benchmark(args, connect, benchmark: str, make_tasks: Callable[[Sys
     _run_methods(args, connect, benchmark, run)
 
 
-def _ruler(args, connect: Connect, default_text: Path) -> None:
+def _ruler(args, connect: Connect) -> None:
     samples, lengths = _samples(args) or 0, parse_lengths(args.seq)
     names = _names(args.tasks, "RULER task", (*TASKS, *EXTRA_TASKS), ())
     if not names:
@@ -305,7 +291,7 @@ def _fits(task: Task, asked_for: bool) -> bool:
     return True
 
 
-def _infinitebench(args, connect: Connect, default_text: Path) -> None:
+def _infinitebench(args, connect: Connect) -> None:
     samples, lengths = _samples(args), parse_lengths(args.seq)
     names = _names(args.tasks, "InfiniteBench task", ib_records.TASKS, ib_records.TASKS)
 
@@ -320,9 +306,9 @@ def _infinitebench(args, connect: Connect, default_text: Path) -> None:
     _run_task_benchmark(args, connect, "infinitebench", lambda system: make(system.tokens), samples)
 
 
-def _needle(args, connect: Connect, default_text: Path) -> None:
+def _needle(args, connect: Connect) -> None:
     lengths = parse_lengths(args.seq)
-    text, name = _haystack(args, default_text)
+    text, name = _haystack(args)
     depths = even_depths(args.depths)
     if args.four is not None and args.four < 1:
         raise EvalError(f"--four must be at least 1, got {args.four}")
@@ -339,13 +325,17 @@ def _needle(args, connect: Connect, default_text: Path) -> None:
     _run_task_benchmark(args, connect, "needle", lambda system: make(system.tokens), samples)
 
 
-def _perplexity(args, connect: Connect, default_text: Path) -> None:
+def _perplexity(args, connect: Connect) -> None:
     lengths = parse_lengths(args.seq)
-    paths = args.text.split(",") if args.text else [default_text]
+    paths = args.text.split(",") if args.text else [NOVEL]
+    stems = [Path(path).stem for path in paths]
+    twice = [stem for stem in stems if stems.count(stem) > 1]
+    if twice:
+        raise EvalError(f"--text: {len(twice)} files are called {twice[0]!r}; rows go by that name, so rename one")
     texts = {Path(path).stem: _read_text(path) for path in paths}
 
-    def make(tokens: Any) -> perplexity.PerplexityPlan:
-        return perplexity.PerplexityPlan(tokens, texts, lengths, args.window, args.protocol)
+    def make(tokens: Any) -> PerplexityPlan:
+        return PerplexityPlan(tokens, texts, lengths, args.window, args.protocol)
 
     make(None)
 
@@ -353,14 +343,14 @@ def _perplexity(args, connect: Connect, default_text: Path) -> None:
         plan = make(system.tokens)
         config = {**_plain_config("perplexity", system), **plan.describe()}
         with RunFolder(path, config) as folder:
-            return perplexity.run_perplexity(system, plan, folder, console=console, label=method)
+            return run_perplexity(system, plan, folder, console=console, label=method)
 
     _run_methods(args, connect, "perplexity", run)
 
 
-def _latency(args, connect: Connect, default_text: Path) -> None:
-    path = Path(args.text) if args.text else default_text
-    plan = latency.LatencyPlan(
+def _latency(args, connect: Connect) -> None:
+    path = Path(args.text) if args.text else NOVEL
+    plan = LatencyPlan(
         _read_text(path), path.name, parse_lengths(args.seq), args.repeats, args.warmups, args.new_tokens
     )
     spec = _spec(args)
@@ -370,11 +360,11 @@ def _latency(args, connect: Connect, default_text: Path) -> None:
     def run(system, path, console, method):
         config = {**_plain_config("latency", system), "baseline": args.baseline, **plan.describe()}
         with RunFolder(path, config) as folder:
-            return latency.run_latency(system, plan, folder, console=console, label=method)
+            return run_latency(system, plan, folder, console=console, label=method)
 
     metrics = _run_methods(args, connect, "latency", run)
     prefill = {method: {r["length"]: r["prefill_s"] for r in m["results"]} for method, m in metrics.items()}
-    (Path(args.out) / "res.csv").write_text(latency.minference_table(prefill))
+    (Path(args.out) / "res.csv").write_text(minference_table(prefill))
 
 
 def _plain_config(benchmark: str, system: System) -> dict[str, Any]:

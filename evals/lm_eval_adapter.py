@@ -13,15 +13,15 @@ window's tokens after the window's context in the same way; the first token of a
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from apb_jax.errors import UserError
-from evals.__main__ import EngineSystem, connect
-from evals.base import EvalError
-from evals.cli import SystemSpec
+from evals.base import EvalError, SystemSpec
 from evals.ruler.prompt import split_prompt
+from evals.system import EngineSystem, connect
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -37,52 +37,73 @@ LAST_TOKENS = 16
 """Query tokens of a string without any line break."""
 
 
-@register_model("apb_jax")
-class ApbJaxLM(TemplateLM):
-    """An apb_jax engine behind the harness's interface.
+@dataclass(frozen=True)
+class ModelArgs:
+    """What ``--model_args`` and the harness say about the model.
 
-    Args:
+    Attributes:
       model: model name or folder; also accepted as ``pretrained``.
-      method: attention method; further keywords are its options (``anchor_tokens=1024``).
+      method: attention method; keywords that are no field are its options (``anchor_tokens=1024``).
       split: ``auto`` or a number of tokens, see the module.
       max_length: most tokens of prompt and answer (default: the model's positions).
-      device: the harness always passes one; JAX chooses its devices itself.
       batch_size: requests answered together; budgets that follow the prompt's length are then the shortest one's.
     """
 
-    def __init__(
-        self,
-        model: str | None = None,
-        method: str = "apb",
-        *,
-        pretrained: str | None = None,
-        sp: int | None = None,
-        tp: int = 1,
-        weights: str | None = None,
-        heads: str | None = None,
-        dtype: str | None = None,
-        split: str | int = "auto",
-        max_length: int | None = None,
-        max_gen_toks: int = 256,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
-        device: str | None = None,
-        system: EngineSystem | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        name = model or pretrained
-        if name is None and system is None:
+    model: str
+    method: str = "apb"
+    sp: int | None = None
+    tp: int = 1
+    weights: str | None = None
+    heads: str | None = None
+    dtype: str | None = None
+    split: str | int = "auto"
+    max_length: int | None = None
+    max_gen_toks: int = 256
+    batch_size: int | str = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.split != "auto" and not (isinstance(self.split, int) and self.split > 0):
+            raise UserError(f"split={self.split!r}: it must be 'auto' or a positive number of tokens")
+        if not str(self.batch_size).isdigit() or int(self.batch_size) < 1:
+            raise UserError(f"batch_size={self.batch_size!r}: it must be a positive number")
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any]) -> "ModelArgs":
+        """Sort the harness's keywords; it always passes ``device`` (JAX chooses its own) and ``max_batch_size``."""
+        given = {name: value for name, value in keywords.items() if name not in ("device", "max_batch_size")}
+        model = given.pop("model", None) or given.pop("pretrained", None)
+        if model is None:
             raise UserError("model_args name no model: give model=NAME")
-        if split != "auto" and not (isinstance(split, int) and split > 0):
-            raise UserError(f"split={split!r}: it must be 'auto' or a positive number of tokens")
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise UserError(f"batch_size={batch_size!r}: it must be a positive number")
-        spec = SystemSpec(str(name), (method,), {method: options}, weights, heads, dtype, sp, tp)
-        self.system = system if system is not None else connect(spec)(method)
+        given.pop("pretrained", None)
+        known = {f.name for f in fields(cls)} - {"options"}
+        options = {name: given.pop(name) for name in list(given) if name not in known}
+        return cls(str(model), options=options, **given)
+
+    def spec(self) -> SystemSpec:
+        return SystemSpec(
+            self.model,
+            (self.method,),
+            {self.method: dict(self.options)},
+            self.weights,
+            self.heads,
+            self.dtype,
+            self.sp,
+            self.tp,
+        )
+
+
+@register_model("apb_jax")
+class ApbJaxLM(TemplateLM):
+    """An apb_jax engine behind the harness's interface; its keywords are ``--model_args``: see ``ModelArgs``."""
+
+    def __init__(self, *, system: EngineSystem | None = None, **keywords: Any) -> None:
+        super().__init__()
+        args = ModelArgs.of(keywords)
+        self.system = system if system is not None else connect(args.spec())(args.method)
         self.tokenizer = self.system.tokenizer
-        self.max_length = min(max_length or self.system.max_length, self.system.max_length)
-        self._split, self._max_gen_toks, self._batch_size = split, max_gen_toks, int(batch_size)
+        self.max_length = min(args.max_length or self.system.max_length, self.system.max_length)
+        self._split, self._max_gen_toks, self._batch_size = args.split, args.max_gen_toks, int(args.batch_size)
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 

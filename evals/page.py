@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +27,32 @@ section { background:var(--paper); border:1px solid var(--line); border-radius:1
 h2 { margin:0 0 8px; font-size:23px; letter-spacing:-.3px; }
 h3 { margin:26px 0 8px; font-size:16px; color:var(--soft); font-weight:600; }
 p { margin:8px 0; color:#30373f; }
-img { display:block; max-width:100%; height:auto; margin:18px auto; }
+img { display:block; max-width:100%; height:auto; margin:18px auto; background:#fff; }
 .wide { overflow-x:auto; }
 table { border-collapse:separate; border-spacing:0; margin:12px 0; font-size:14px; font-variant-numeric:tabular-nums; }
 th { text-align:right; color:var(--soft); font-weight:600; border-bottom:2px solid var(--line); padding:7px 12px;
   white-space:nowrap; }
 td { text-align:right; padding:6px 12px; border-bottom:1px solid var(--line); white-space:nowrap; }
-th:first-child, td:first-child { text-align:left; font-weight:600; }
-td.words { text-align:left; white-space:normal; min-width:420px; }
+th:first-child { text-align:left; font-weight:600; }
+td.words { text-align:left; white-space:normal; min-width:min(420px,60vw); }
+td.shaded { color:#1c2128; }
+tbody th { color:var(--ink); border-bottom:1px solid var(--line); padding:6px 12px; }
+th:first-child { position:sticky; left:0; background:var(--paper); border-right:1px solid var(--line); }
+.hint { display:none; color:var(--soft); font-size:13px; margin:0 0 4px; }
+.wide { scrollbar-color:var(--soft) var(--line); }
+.wide::-webkit-scrollbar { height:10px; }
+.wide::-webkit-scrollbar-track { background:var(--line); border-radius:5px; }
+.wide::-webkit-scrollbar-thumb { background:var(--soft); border-radius:5px; }
+@media (max-width:700px) { .hint { display:block; } section { padding:18px 14px 20px; }
+  header h1 { font-size:24px; overflow-wrap:anywhere; } h2 { overflow-wrap:anywhere; }
+  th:first-child { white-space:normal; overflow-wrap:break-word; min-width:96px; max-width:150px; } }
+@media (prefers-color-scheme:dark) { :root { color-scheme:dark; --ink:#e6e9ed; --soft:#a3acb8; --line:#363d47;
+  --paper:#1b2027; --shade:#12161b; --accent:#6cb8f0; } p { color:#cfd5dc; } img { border-radius:10px; padding:8px; } }
 details { margin-top:16px; } summary { cursor:pointer; color:var(--accent); font-weight:600; }
 pre { background:var(--shade); border:1px solid var(--line); border-radius:8px; padding:12px; overflow-x:auto;
   font-size:12.5px; line-height:1.45; }
 footer { color:var(--soft); font-size:13px; text-align:center; padding-bottom:30px; }
-@media print { body { background:#fff; } section { box-shadow:none; break-inside:avoid; } }
+@media print { .hint { display:none; } body { background:#fff; } section { box-shadow:none; break-inside:avoid; } }
 """
 
 
@@ -76,25 +90,32 @@ class Section:
 
 
 def to_markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
-    parts = [f"# {title}", lead]
+    parts = [f"# {escape(title)}", escape(lead)]
     for section in sections:
-        parts.append(f"## {section.title}")
+        parts.append(f"## {escape(section.title)}")
         parts += [_markdown(block) for block in section.blocks]
     return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is, on one line: no cell, link, tag or emphasis begins or ends in it."""
+    text = re.sub(r"([\\`*|\[\]~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def _markdown(block: Block) -> str:
     match block:
         case Heading(text):
-            return f"### {text}"
+            return f"### {escape(text)}"
         case Paragraph(text):
-            return text
+            return escape(text)
         case Picture(path, caption):
-            return f"![{caption}]({path.name})"
+            return f"![{escape(caption)}]({path.name})"
         case Details(summary, text):
-            return f"<details><summary>{summary}</summary>\n\n```\n{text}\n```\n\n</details>"
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+            return f"<details><summary>{html.escape(summary)}</summary>\n\n{fence}\n{text}\n{fence}\n\n</details>"
     align = ["---", *["---:"] * (len(block.header) - 1)]
-    rows = [block.header, tuple(align), *block.rows]
+    rows = [tuple(map(escape, block.header)), tuple(align), *(tuple(map(escape, row)) for row in block.rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -123,17 +144,22 @@ def _html(block: Block) -> str:
             return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
         case Details(summary, text):
             return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in block.header)
     rows = []
     for i, row in enumerate(block.rows):
         cells = []
         for j, cell in enumerate(row):
             shade = block.shades.get((i, j))
             style = f' style="background:{_shade(shade)}"' if shade is not None else ""
-            words = ' class="words"' if j and len(cell) > 40 else ""
-            cells.append(f"<td{style}{words}>{html.escape(cell)}</td>")
+            if not j:
+                cells.append(f'<th scope="row">{html.escape(cell)}</th>')
+                continue
+            kind = "words" if len(cell) > 40 else "shaded" if shade is not None else ""
+            cells.append(f'<td class="{kind}"{style}>{html.escape(cell)}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    hint = '<p class="hint">The table scrolls sideways →</p>' if len(block.header) > 3 else ""
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'{hint}<div class="wide" tabindex="0" role="region" aria-label="table">{table}</div>'
 
 
 def _shade(value: float) -> str:

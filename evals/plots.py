@@ -1,13 +1,14 @@
 """The report's pictures. Every function writes one PNG and returns its path."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evals.base import EvalError
-from evals.tables import length_name
+from evals.tables import length_name, score_interval
 
 # Okabe and Ito's colours: told apart by colour-blind readers, in grey print by their order.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B5B5B", "#9467BD")
@@ -53,7 +54,24 @@ def _pyplot():
     return plt
 
 
-def _save(plt, figure, path: Path) -> Path:
+@dataclass(frozen=True)
+class Sheet:
+    """Where a picture goes and what it says beside the data.
+
+    Attributes:
+      note: the model and the number of samples.
+      styles: series name -> number of its colour and marker, the same for every picture of a page.
+    """
+
+    title: str
+    note: str
+    path: Path
+    styles: Mapping[str, int]
+
+
+def _save(plt, figure, sheet: Sheet) -> Path:
+    figure.text(0.01, -0.01, sheet.note, ha="left", va="top", fontsize=10, color="#5b6470")
+    path = sheet.path
     figure.savefig(path, dpi=160, bbox_inches="tight")
     plt.close(figure)
     return path
@@ -112,32 +130,40 @@ def _line(axis, number: int, x, y, label: str) -> tuple[str, float, float, str]:
     return f"{GLYPHS[min(again, 1)][style % len(MARKERS)]} {label}", x[-1], y[-1], colour
 
 
-def score_over_length(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> Path:
-    """Mean score of each method over length, with the standard error of the mean as a band."""
+def _band(results: Sequence[Mapping[str, Any]], length: int) -> tuple[float, float]:
+    """How far the interval of the mean over a length's tasks reaches below and above it (MOVER: Zou, Donner 2008)."""
+    here = [r for r in results if r["length"] == length]
+    spans = [score_interval(r) for r in here]
+    below = sum((r["score"] - low) ** 2 for r, (low, _) in zip(here, spans, strict=True))
+    above = sum((high - r["score"]) ** 2 for r, (_, high) in zip(here, spans, strict=True))
+    return below**0.5 / len(here), above**0.5 / len(here)
+
+
+def score_over_length(metrics: Mapping[str, Mapping[str, Any]], sheet: Sheet) -> Path:
+    """Mean score of each method over length, with the 95% interval of the mean as a band."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(9, 5))
     lengths = sorted({int(n) for m in metrics.values() for n in m["mean_by_length"]})
     ends = []
-    for i, (method, result) in enumerate(metrics.items()):
+    for method, result in metrics.items():
         points = sorted((int(n), value["score"]) for n, value in result["mean_by_length"].items())
         x, y = np.array(points).T
-        error = []
-        for length, _ in points:
-            errors = [r["standard_error"] for r in result["results"] if r["length"] == length]
-            error.append(np.sqrt(np.sum(np.square(errors))) / len(errors))
-        colour = COLOURS[i % len(COLOURS)]
+        below, above = np.array([_band(result["results"], length) for length, _ in points]).T
+        colour = COLOURS[sheet.styles[method] % len(COLOURS)]
         if len(x) > 1:
-            axis.fill_between(x, y - error, np.minimum(100, y + error), color=colour, alpha=0.15, linewidth=0)
-        ends.append(_line(axis, i, x, y, f"{method}  {y[-1]:.1f}"))
+            axis.fill_between(
+                x, np.maximum(0, y - below), np.minimum(100, y + above), color=colour, alpha=0.15, linewidth=0
+            )
+        ends.append(_line(axis, sheet.styles[method], x, y, f"{method}  {y[-1]:.1f}"))
     axis.set_ylim(0, 104)
     axis.set_ylabel("mean score (%)")
     _length_axis(axis, lengths)
     _end_labels(axis, ends)
-    axis.set_title(title)
-    return _save(plt, figure, path)
+    axis.set_title(sheet.title)
+    return _save(plt, figure, sheet)
 
 
-def task_grid(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> Path:
+def task_grid(metrics: Mapping[str, Mapping[str, Any]], sheet: Sheet) -> Path:
     """Tasks down, methods and lengths across, score in every cell."""
     plt = _pyplot()
     tasks = list(dict.fromkeys(r["task"] for m in metrics.values() for r in m["results"]))
@@ -165,8 +191,8 @@ def task_grid(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) 
         )
         if i:
             axis.axvline(i * len(lengths) - 0.5, color="white", linewidth=7)
-    axis.set_title(title, pad=52)
-    return _save(plt, figure, path)
+    axis.set_title(sheet.title, pad=52)
+    return _save(plt, figure, sheet)
 
 
 def _cells(axis, values: np.ndarray, text) -> Any:
@@ -188,7 +214,7 @@ def _cells(axis, values: np.ndarray, text) -> Any:
     return image
 
 
-def needle_heatmap(cells: Mapping[str, Mapping[tuple[int, int], float]], title: str, path: Path) -> Path:
+def needle_heatmap(cells: Mapping[str, Mapping[tuple[int, int], float]], sheet: Sheet) -> Path:
     """One panel a method: depth downwards, length to the right, percent found in every cell.
 
     Args:
@@ -218,11 +244,11 @@ def needle_heatmap(cells: Mapping[str, Mapping[tuple[int, int], float]], title: 
     bar = figure.colorbar(image, ax=axes, shrink=0.85, aspect=24, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("needle found (%)")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=16, fontweight="bold")
-    return _save(plt, figure, path)
+    figure.suptitle(sheet.title, x=0.01, ha="left", fontsize=16, fontweight="bold")
+    return _save(plt, figure, sheet)
 
 
-def latency_over_length(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> Path:
+def latency_over_length(metrics: Mapping[str, Mapping[str, Any]], sheet: Sheet) -> Path:
     """Prefill seconds (log-log) and, where timed, decode milliseconds per token."""
     plt = _pyplot()
     timed = any(r["decode_ms_per_token"] is not None for m in metrics.values() for r in m["results"])
@@ -231,48 +257,51 @@ def latency_over_length(metrics: Mapping[str, Mapping[str, Any]], title: str, pa
     lengths = sorted({r["length"] for m in metrics.values() for r in m["results"]})
     for axis, (name, label) in zip(axes[0], panels, strict=False):
         ends = []
-        for i, (method, result) in enumerate(metrics.items()):
+        for method, result in metrics.items():
             points = [(r["length"], r[name]) for r in result["results"] if r[name]]
             if not points:
                 continue
             x, y = np.array(points).T
-            ends.append(_line(axis, i, x, y, method))
+            ends.append(_line(axis, sheet.styles[method], x, y, method))
         axis.set_yscale("log")
         axis.set_ylabel(label)
         _length_axis(axis, lengths)
         _plain_log_ticks(axis)
         _end_labels(axis, ends, log=True)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=16, fontweight="bold")
-    return _save(plt, figure, path)
+    figure.suptitle(sheet.title, x=0.01, ha="left", fontsize=16, fontweight="bold")
+    return _save(plt, figure, sheet)
 
 
 def _plain_log_ticks(axis) -> None:
     """1, 2, 5, 10... instead of powers; at least a factor of two is shown."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axis.get_ylim()
     if high / low < 2:
         middle = (low * high) ** 0.5
         axis.set_ylim(middle / 1.5, middle * 1.5)
-    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    low, high = axis.get_ylim()
+    steps = [s * 10.0**e for e in range(-9, 9) for s in (1, 2, 5) if low <= s * 10.0**e <= high]
+    few = len(steps) < 3  # a short span: even steps
+    axis.yaxis.set_major_locator(MaxNLocator(5) if few else LogLocator(base=10, subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def perplexity_over_position(metrics: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> Path:
+def perplexity_over_position(metrics: Mapping[str, Mapping[str, Any]], sheet: Sheet) -> Path:
     """Perplexity of each method over the position in the text."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(9, 5))
     lengths = sorted({r["length"] for m in metrics.values() for r in m["results"]})
     ends = []
-    for i, (method, result) in enumerate(metrics.items()):
+    for method, result in metrics.items():
         x, y = np.array([(r["length"], r["perplexity"]) for r in result["results"]]).T
-        ends.append(_line(axis, i, x, y, f"{method}  {y[-1]:.2f}"))
+        ends.append(_line(axis, sheet.styles[method], x, y, f"{method}  {y[-1]:.2f}"))
     axis.set_ylabel("perplexity")
     axis.margins(y=0.25)
     axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
     _length_axis(axis, lengths)
     axis.set_xlabel("position in the text (tokens)")
     _end_labels(axis, ends)
-    axis.set_title(title)
-    return _save(plt, figure, path)
+    axis.set_title(sheet.title)
+    return _save(plt, figure, sheet)

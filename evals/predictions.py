@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.base import EvalError, mean_percent, require_choice
+from evals.base import UNSCORABLE, EvalError, mean_percent, require_choice
 from evals.infinitebench import records, scoring
 from evals.ruler.scoring import METRICS, task_score
 from evals.ruler.task import EXTRA_TASKS, TASKS, family_of
@@ -104,5 +104,10 @@ def _score_infinitebench(task: str, path: Path, rule: str) -> dict[str, Any]:
             raise EvalError(f"{where}: the prediction must be a string, got {json.dumps(prediction)[:60]}")
         if task in records.CHOICE_TASKS and not (isinstance(label, list) and len(label) == 2):
             raise EvalError(f"{where}: the answer of {task} must be [text, letter], got {json.dumps(label)[:60]}")
-        scores.append(scoring.score_one(task, prediction, label, rule=rule, model=row.get("model")))
+        try:
+            scores.append(scoring.score_one(task, prediction, label, rule=rule, model=row.get("model")))
+        except EvalError:
+            raise
+        except UNSCORABLE as error:
+            raise EvalError(f"{where}: the answer {json.dumps(label)[:60]} cannot be scored ({error})") from error
     return {"task": task, "metric": f"{rule} rule", "score": mean_percent(scores), "samples": len(scores)}

@@ -7,7 +7,7 @@ InfiniteBench templates and rules, needle forms and perplexity protocols get sec
 import difflib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,33 @@ from evals.base import EvalError
 from evals.page import Block, Details, Heading, Paragraph, Picture, Section, to_html, to_markdown
 from evals.store import read_rows
 from evals.tables import Table, latency_table, length_name, perplexity_table, ruler_notes, score_tables
+
+Draw = Callable[[str, str], plots.Sheet]
+"""(title, end of the file's name) -> where a picture goes."""
+
+WORDS = {
+    "ruler_main": "RULER's main branch",
+    "ruler_2024_06": "RULER as published in June 2024",
+    "ruler_fit": "RULER's main wording, every prompt filled to its length",
+    "star_attention": "RULER as in the Star Attention paper: document and question apart",
+    "wrapper": "the chat format put around a prompt; base: none",
+    "form": "how needle and question are worded, after the program named",
+    "template": "which project's InfiniteBench prompts are used",
+    "rule": "which project's scorer judges the answers",
+    "protocol": "which tokens count: tail, the last window; minference, all",
+    "window": "tokens scored after each prefill",
+    "tok/s": "(prompt + generated tokens) / (prefill + decode seconds)",
+    "interval": "where the true mean lies with 95% confidence (Wilson)",
+    "prefill": "reading the prompt, up to the first new token",
+    "decode": "each further token of the answer",
+}
+
+
+def _explained(sections: Sequence[Section]) -> Section:
+    """The words of the page that a reader may not know."""
+    text = to_markdown("", "", sections)
+    rows = tuple((word, meaning) for word, meaning in WORDS.items() if word in text)
+    return Section("Words", [Table(("word", "meaning"), rows)])
 
 
 @dataclass(frozen=True)
@@ -40,8 +67,21 @@ class Run:
         return str(self.config["system"].get("method", self.path.name))
 
     @property
+    def data(self) -> dict[str, str]:
+        """Hash of every text and record file of the run by name, where the run wrote it down."""
+        places = [self.config, *(self.config.get("tasks") or [])]
+        found = [place.get("data") for place in places]
+        items = [item for held in found for item in (held if isinstance(held, list) else [held])]
+        return {item["file"]: item["sha256"] for item in items if isinstance(item, dict)}
+
+    @property
     def kind(self) -> str:
-        """What separates scores that must not share a table, in words."""
+        """What separates scores that must not share a table, in words; other ``data`` does so too."""
+        seeds = sorted({task["seed"] for task in self.config.get("tasks") or [] if "seed" in task})
+        return self._form + (f", seed {'/'.join(map(str, seeds))}" if seeds else "")
+
+    @property
+    def _form(self) -> str:
         tasks = self.config.get("tasks") or []
         first = tasks[0] if tasks else {}
         if self.benchmark == "ruler":
@@ -57,6 +97,18 @@ class Run:
 
 def _lengths(tasks: Sequence[dict[str, Any]]) -> str:
     return "/".join(length_name(n) for n in sorted({task["length"] for task in tasks}))
+
+
+def _other_data(run: Run, runs: Sequence[Run]) -> str:
+    """The hashes of this run's files, where another run of its kind read other contents or other texts."""
+    beside = [r for r in runs if (r.benchmark, r.model, r.kind) == (run.benchmark, run.model, run.kind)]
+    whole = run.benchmark in ("perplexity", "latency")  # one figure over all texts
+    told = sorted(
+        (file, digest)
+        for file, digest in run.data.items()
+        if any(r.data.get(file, None if whole else digest) != digest for r in beside)
+    )
+    return "".join(f", {file} {digest[:8]}" for file, digest in told)
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -87,15 +139,17 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     runs.sort(key=lambda run: run.method != "full")  # the exact method first, and in the same colour everywhere
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.benchmark, run.model, run.kind), []).append(run)
+        groups.setdefault((run.benchmark, run.model, run.kind + _other_data(run, runs)), []).append(run)
     order = {name: i for i, name in enumerate(_SECTIONS)}
 
     def rank(item: tuple[tuple[str, str, str], list[Run]]) -> tuple[int, tuple[str, ...]]:
         return order[item[0][0]], item[0][1:]
 
-    sections = [_section(key, group, out) for key, group in sorted(groups.items(), key=rank)]
+    styles = _styles(groups)
+    sections = [_section(key, group, out, styles) for key, group in sorted(groups.items(), key=rank)]
     if len(groups) > 1:
         sections.insert(0, Section("Overview", [_overview(sorted(groups.items(), key=rank))]))
+    sections.append(_explained(sections))
     models = ", ".join(sorted({run.model for run in runs}))
     title = f"Long-context evaluation of {models}"
     methods = ", ".join(dict.fromkeys(run.method for run in runs))
@@ -107,16 +161,39 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     return [markdown, page, *pictures]
 
 
-def _section(key: tuple[str, str, str], runs: list[Run], out: Path) -> Section:
-    benchmark, model, kind = key
+def _named(runs: Sequence[Run]) -> dict[str, Run]:
     by_name: dict[str, Run] = {}
     for run in runs:  # two runs of a method are told apart by their folders
         name = (
             run.method if sum(r.method == run.method for r in runs) == 1 else f"{run.method} ({run.path.parent.name})"
         )
         by_name[name if name not in by_name else f"{run.method} ({run.path})"] = run
+    return by_name
+
+
+def _styles(groups: Mapping[tuple[str, str, str], list[Run]]) -> dict[str, int]:
+    """A number for every series of the page: a method has one colour and marker in all pictures."""
+    names = [name for runs in groups.values() for name in _named(runs)]
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+
+def _samples(runs: Sequence[Run]) -> str:
+    counts = sorted({r["samples"] for run in runs for r in run.metrics["results"] if "samples" in r})
+    return f"; {'/'.join(map(str, counts))} samples a task and length" if counts else ""
+
+
+def _section(key: tuple[str, str, str], runs: list[Run], out: Path, styles: Mapping[str, int]) -> Section:
+    benchmark, model, kind = key
+    by_name = _named(runs)
     stem = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(key)).strip("-").lower()
-    blocks = _SECTIONS[benchmark](by_name, stem, out)
+    note = f"{model}; {kind}{_samples(runs)}"
+    if benchmark == "latency":
+        note += f"; mean of {runs[0].config['repeats']} runs"
+
+    def draw(title: str, end: str) -> plots.Sheet:
+        return plots.Sheet(title, note, out / f"{stem}{end}.png", styles)
+
+    blocks = _SECTIONS[benchmark](by_name, draw)
     return Section(f"{_TITLES[benchmark]}: {model}", [Paragraph(f"{kind}."), *blocks, *_how(by_name)])
 
 
@@ -164,19 +241,19 @@ def _metrics(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
     return {name: run.metrics for name, run in runs.items()}
 
 
-def _score_blocks(title: str) -> Callable[[dict[str, Run], str, Path], list[Block]]:
-    def blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
+def _score_blocks(title: str) -> Callable[[dict[str, Run], Draw], list[Block]]:
+    def blocks(runs: dict[str, Run], draw: Draw) -> list[Block]:
         metrics = _metrics(runs)
         means, tasks = score_tables(metrics)
         result: list[Block] = []
         if len(means.header) > 2:
-            path = plots.score_over_length(metrics, f"{title}: mean score over length", out / f"{stem}-length.png")
+            path = plots.score_over_length(metrics, draw(f"{title}: mean score over length", "-length"))
             result.append(Picture(path, "Mean score of each method over length"))
-        result += [Heading("Mean over tasks"), means]
+        result += [Heading("Mean over tasks"), means, *_covered(metrics)]
         result += [Paragraph(note) for note in ruler_notes(metrics)]
-        result += [Heading("Every task (score ± standard error)")]
+        result += [Heading("Every task (mean score [95% Wilson interval])")]
         if len(tasks.header) > 3:  # task, one column, samples: the table says it all
-            path = plots.task_grid(metrics, f"{title}: every task", out / f"{stem}-tasks.png")
+            path = plots.task_grid(metrics, draw(f"{title}: every task", "-tasks"))
             result.append(Picture(path, "Score of every task"))
         result.append(tasks)
         sizes = {(r["length"], m["tasks"]) for s in metrics.values() for r in s["results"] for m in [_mean(s, r)]}
@@ -187,11 +264,27 @@ def _score_blocks(title: str) -> Callable[[dict[str, Run], str, Path], list[Bloc
     return blocks
 
 
+def _covered(metrics: dict[str, dict[str, Any]]) -> list[Block]:
+    """Which tasks the means are over, and how many answers could not be scored."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, result in metrics.items():
+        for length in sorted({r["length"] for r in result["results"]}):
+            tasks = tuple(r["task"] for r in result["results"] if r["length"] == length)
+            found.setdefault(tasks, []).append(f"{name} at {length_name(length)}")
+    lost = sum(r.get("unscored", 0) for m in metrics.values() for r in m["results"])
+    lines = [f"Mean of {len(tasks)}: {', '.join(tasks)}" for tasks in found]
+    if len(found) > 1:
+        lines = [f"{line} ({', '.join(where)})" for line, where in zip(lines, found.values(), strict=True)]
+    if lost:
+        lines.append(f"{lost} answers could not be scored and are in no mean; their rows in predictions.jsonl say why")
+    return [Paragraph(f"{line}.") for line in lines]
+
+
 def _mean(metrics: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     return metrics["mean_by_length"][str(result["length"])]
 
 
-def _needle_blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
+def _needle_blocks(runs: dict[str, Run], draw: Draw) -> list[Block]:
     metrics = _metrics(runs)
     means, _ = score_tables(metrics)
     cells: dict[str, dict[tuple[int, int], float]] = {}
@@ -202,18 +295,18 @@ def _needle_blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
                 sums.setdefault((row["length"], row["info"]["depth"]), []).append(row["score"])
         cells[name] = {cell: 100 * sum(scores) / len(scores) for cell, scores in sums.items()}
     if any(cells.values()):
-        path = plots.needle_heatmap(cells, "Needle in a haystack", out / f"{stem}.png")
+        path = plots.needle_heatmap(cells, draw("Needle in a haystack", ""))
         picture = Picture(path, "Share of needles found by length and depth")
     else:
-        path = plots.score_over_length(metrics, "Four needles: tests passed", out / f"{stem}.png")
+        path = plots.score_over_length(metrics, draw("Four needles: tests passed", ""))
         picture = Picture(path, "Share of tests passed over length")
     return [picture, Heading("Found (%)"), means]
 
 
-def _latency_blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
+def _latency_blocks(runs: dict[str, Run], draw: Draw) -> list[Block]:
     metrics = _metrics(runs)
     wanted = next((run.config.get("baseline") for run in runs.values() if run.config.get("baseline")), None)
-    path = plots.latency_over_length(metrics, "Latency over length", out / f"{stem}.png")
+    path = plots.latency_over_length(metrics, draw("Latency over length", ""))
     first = next(iter(runs.values())).config
     note = (
         f"Mean of {first['repeats']} runs after {first['warmups']} untimed; timed: {first['timed']}. "
@@ -222,13 +315,13 @@ def _latency_blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
     return [Picture(path, "Prefill and decode times over length"), latency_table(metrics, wanted), Paragraph(note)]
 
 
-def _perplexity_blocks(runs: dict[str, Run], stem: str, out: Path) -> list[Block]:
+def _perplexity_blocks(runs: dict[str, Run], draw: Draw) -> list[Block]:
     metrics = _metrics(runs)
-    path = plots.perplexity_over_position(metrics, "Perplexity over position", out / f"{stem}.png")
+    path = plots.perplexity_over_position(metrics, draw("Perplexity over position", ""))
     return [Picture(path, "Perplexity of each method over position"), perplexity_table(metrics)]
 
 
-_SECTIONS: dict[str, Callable[[dict[str, Run], str, Path], list[Block]]] = {
+_SECTIONS: dict[str, Callable[[dict[str, Run], Draw], list[Block]]] = {
     "ruler": _score_blocks("RULER"),
     "infinitebench": _score_blocks("InfiniteBench"),
     "needle": _needle_blocks,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from evals.base import EvalError, Example, Generator, Task
+from evals.base import UNSCORABLE, EvalError, Example, Generator, Task
 from evals.store import RunFolder
 
 _PACKAGES = ("apb-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "nltk", "rouge-score")
@@ -114,21 +114,34 @@ def run_tasks(
 
 def _run_one(generator: Generator, task: Task, folder: RunFolder, samples: int | None, report) -> None:
     what = f"{task.name} at {task.length}"
-    total, count = 0.0, 0
+    total, count, scored, unscored = 0.0, 0, 0, ""
     for example in task.examples():
         if samples is not None and count == samples:
             break
         row = folder.done.get((task.name, task.length, example.id))
         if row is None:
             facts = answer(generator, example, what)
-            row = {"task": task.name, "length": task.length, "id": example.id, "score": None, **facts}
-            row["score"] = task.score(example, facts["pred"])
-            folder.append(row)
-        total += row["score"]
+            row = {"task": task.name, "length": task.length, "id": example.id, **_scored(task, example, facts["pred"])}
+            folder.append(row | facts)
         count += 1
-        report(f"{what}: {100 * total / count:.1f} ({count} samples)", task.length)
+        if row["score"] is None:
+            unscored = row["unscored"]
+            continue
+        total += row["score"]
+        scored += 1
+        report(f"{what}: {100 * total / scored:.1f} ({scored} samples)", task.length)
     if count == 0:
         raise EvalError(f"{what}: the task holds no samples")
+    if scored == 0:
+        raise EvalError(f"{what}: none of the {count} answers can be scored ({unscored}); they are in {folder.path}")
+
+
+def _scored(task: Task, example: Example, text: str) -> dict[str, Any]:
+    """The score of an answer; None and the reason where the scorer cannot take it, so that the answer is kept."""
+    try:
+        return {"score": task.score(example, text)}
+    except UNSCORABLE as error:
+        return {"score": None, "unscored": f"{type(error).__name__}: {error}"}
 
 
 def summarise(folder: RunFolder, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -138,15 +151,16 @@ def summarise(folder: RunFolder, tasks: Sequence[Task]) -> dict[str, Any]:
         groups.setdefault((row["task"], row["length"]), []).append(row)
     results = []
     for task in tasks:
-        rows = groups.get((task.name, task.length))
-        if rows:
+        rows = groups.get((task.name, task.length), [])
+        if any(row["score"] is not None for row in rows):
             facts = {"task": task.name, "length": task.length, "metric": task.metric}
             results.append({**facts, **_statistics(rows), "ran": what_ran(rows)})
     lengths = sorted({result["length"] for result in results})
     means = {}
     for length in lengths:
         scores = [result["score"] for result in results if result["length"] == length]
-        means[str(length)] = {"score": round(sum(scores) / len(scores), 2), "tasks": len(scores)}
+        names = [result["task"] for result in results if result["length"] == length]
+        means[str(length)] = {"score": round(sum(scores) / len(scores), 2), "tasks": len(scores), "names": names}
     return {"results": results, "mean_by_length": means}
 
 
@@ -185,12 +199,13 @@ def _range(values: Sequence[Any]) -> Any:
 
 
 def _statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    scores = [row["score"] for row in rows]
+    scores = [row["score"] for row in rows if row["score"] is not None]
     mean = sum(scores) / len(scores)
     variance = sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1)
     return {
         "score": round(100 * mean, 2),
         "standard_error": round(100 * math.sqrt(variance / len(scores)), 2),
         "samples": len(scores),
+        "unscored": len(rows) - len(scores),
         "empty_predictions": sum(not row["pred"].strip() for row in rows),
     }

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from apb_jax.synthetic.grading import wilson
 from evals.ruler.scoring import effective_length, weighted_averages
 
 ROW_NAMES = ("task", "length", "samples", "method")
@@ -28,6 +29,18 @@ def length_name(length: int) -> str:
         if length % unit == 0:
             return f"{length // unit}{name}"
     return str(length)
+
+
+def score_interval(result: Mapping[str, Any]) -> tuple[float, float]:
+    """95% Wilson interval (percent) of a task's mean score."""
+    low, high = wilson(result["score"] / 100 * result["samples"], result["samples"])
+    return 100 * low, 100 * high
+
+
+def score_cell(result: Mapping[str, Any]) -> str:
+    """Mean score with its interval: ``75.0 [30, 95]``."""
+    low, high = score_interval(result)
+    return f"{result['score']:.1f} [{low:.0f}, {high:.0f}]"
 
 
 def score_tables(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Table, Table]:
@@ -52,7 +65,7 @@ def score_tables(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Table, Table
         row, samples = [task], set()
         for j, (method, length) in enumerate(columns):
             found = scores.get((method, task, length))
-            row.append(f"{found['score']:.1f} ± {found['standard_error']:.1f}" if found else "")
+            row.append(score_cell(found) if found else "")
             if found:
                 task_shades[i, j + 1] = found["score"] / 100
                 samples.add(found["samples"])
@@ -159,7 +172,7 @@ def _narrow_score_table(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
     for task, length in dict.fromkeys((task, length) for task, length, _ in found):
         cells = [found.get((task, length, method)) for method in metrics]
         samples = "/".join(sorted({str(cell["samples"]) for cell in cells if cell}))
-        scores = [f"{cell['score']:.1f} ± {cell['standard_error']:.1f}" if cell else "" for cell in cells]
+        scores = [score_cell(cell) if cell else "" for cell in cells]
         rows.append((task, length_name(length), samples, *scores))
     return Table(("task", "length", "samples", *metrics), tuple(rows))
 

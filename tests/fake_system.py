@@ -7,16 +7,12 @@ import re
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
-from evals.base import Completion, EvalError
+from evals.base import Completion, EvalError, Scored
 from evals.cli import main
-from evals.perplexity import Scored
 from evals.tokens import Tokens
-
-NOVEL = Path(__file__).parents[1] / "apb_jax" / "tiny" / "data" / "coxon_fund.txt"
 
 METHODS = {"full": 1.0, "forgetful": 0.55}
 
@@ -120,7 +116,7 @@ def connect(spec):
 
 
 def run(argv: list[str]) -> int:
-    return main(argv, connect=connect, default_text=NOVEL, user_errors=())
+    return main(argv, connect=connect)
 
 
 if __name__ == "__main__":

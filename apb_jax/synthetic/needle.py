@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from apb_jax.errors import UserError
-from apb_jax.tiny.haystack import filler, novel
-from apb_jax.tiny.sample import Line, Piece, fill, length_of, text_of
-from apb_jax.tiny.tokenizer import Encoder
-from apb_jax.tiny.words import vocabulary
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.haystack import filler, novel
+from apb_jax.synthetic.sample import Line, Piece, fill, length_of, text_of
+from apb_jax.synthetic.vocabulary import vocabulary
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections import deque
 from types import TracebackType
 from typing import Any
 
-from apb_jax.tiny.haystack import Haystack
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.haystack import Haystack
 from apb_jax.tiny.rows import Rows, make_rows, training_world
-from apb_jax.tiny.tokenizer import Encoder
 
 
 def _work(requests: Any, results: Any, encoder: Encoder, haystacks: tuple[Haystack, ...], limit: int) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from apb_jax.errors import UserError
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.haystack import filler, novel, read_text, split_held_out
+from apb_jax.synthetic.sample import text_of
+from apb_jax.synthetic.tasks import TASKS, World
+from apb_jax.synthetic.vocabulary import vocabulary
 from apb_jax.tiny import FOLDER
-from apb_jax.tiny.haystack import filler, novel, read_text, split_held_out
-from apb_jax.tiny.sample import text_of
-from apb_jax.tiny.tasks import TASKS, World
-from apb_jax.tiny.tokenizer import Encoder
-from apb_jax.tiny.words import vocabulary
 
 SHARES = {
     "single": 0.2, "passkey": 0.1, "multikey": 0.2, "haystack": 0.05, "multivalue": 0.15, "vt": 0.15, "update": 0.15,

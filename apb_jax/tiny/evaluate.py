@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 import sys
 import tempfile
 import time
@@ -30,19 +28,20 @@ from apb_jax.attention.registry import METHODS as REGISTRY
 from apb_jax.attention.registry import MethodSpec
 from apb_jax.errors import UserError
 from apb_jax.retaining.train import hf_heads, initial_heads
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.grading import is_correct, wilson
+from apb_jax.synthetic.haystack import Haystack, filler, novel, read_text, split_held_out
+from apb_jax.synthetic.sample import tokens_of
+from apb_jax.synthetic.tasks import TASKS, World
+from apb_jax.synthetic.vocabulary import vocabulary
 from apb_jax.tiny import QUERY_AT
-from apb_jax.tiny.haystack import Haystack, filler, novel, read_text, split_held_out
-from apb_jax.tiny.sample import tokens_of
-from apb_jax.tiny.tasks import TASKS, World
-from apb_jax.tiny.tokenizer import BOS_ID, Encoder
-from apb_jax.tiny.words import vocabulary
+from apb_jax.tiny.tokenizer import BOS_ID
 
 APB_FORMS = ("apb-heads", "apb-query", "apb-random", "anchor-only")
 METHODS = ("full", *APB_FORMS, *(name for name in REGISTRY if name not in ("full", "apb")))
 CARD_TASKS = ("single", "passkey", "multikey", "multivalue", "vt", "update")
 NEW_TOKENS = 64
 HEADS_HIDDEN = 256
-VALUE = re.compile(r"\d+|\b[A-Z]{5}\b")
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,6 @@ def items(
         document = np.concatenate([[BOS_ID], tokens_of(sample.document, encoder)]).astype(np.int32)
         out.append(Item(document, tokens_of((question.text,), encoder), question.values))
     return out
-
-
-def is_correct(text: str, values: tuple[str, ...]) -> bool:
-    """All values and no other number or variable name, in any order."""
-    return set(VALUE.findall(text)) == set(values)
-
-
-def wilson(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% Wilson score interval of a share."""
-    share, spread = correct / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def method_of(name: str, tokens: int, shards: int, given: Budget | None) -> apb_jax.APB | MethodSpec:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.haystack import Haystack
+from apb_jax.synthetic.sample import Line, Question, Role, Sample, length_of
+from apb_jax.synthetic.tasks import TASKS, World
+from apb_jax.synthetic.vocabulary import vocabulary
 from apb_jax.tiny import QUERY_AT
-from apb_jax.tiny.haystack import Haystack
-from apb_jax.tiny.sample import Line, Question, Role, Sample, length_of
-from apb_jax.tiny.tasks import TASKS, World
-from apb_jax.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID, Encoder
-from apb_jax.tiny.words import vocabulary
+from apb_jax.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 MIX = {
     "single": 0.03, "multikey": 0.20, "haystack": 0.20, "passkey": 0.03, "multivalue": 0.11, "multiquery": 0.07,

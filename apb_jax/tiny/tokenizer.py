@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,27 +58,3 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         "model_max_length": 32768,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-class Encoder:
-    """Text pieces to tokens without BOS: numbers digit by digit, every other piece encoded once and remembered."""
-
-    def __init__(self, tokenizer: Any, limit: int = 300_000) -> None:
-        self.tokenizer = tokenizer
-        self.limit = limit
-        self._cache: dict[str, np.ndarray] = {}
-        self._digits = np.zeros(128, np.int32)
-        for digit in "0123456789":
-            self._digits[ord(digit)] = tokenizer.encode(digit, add_special_tokens=False)[0]
-
-    def __call__(self, piece: str) -> np.ndarray:
-        """int32 [n]; exact for a text cut at places where ``CUTS`` cuts it too."""
-        found = self._cache.get(piece)
-        if found is None:
-            if piece.isascii() and piece.isdigit():
-                return self._digits[np.frombuffer(piece.encode("ascii"), np.uint8)]
-            if len(self._cache) >= self.limit:
-                self._cache.clear()
-            found = np.asarray(self.tokenizer.encode(piece, add_special_tokens=False), np.int32)
-            self._cache[piece] = found
-        return found

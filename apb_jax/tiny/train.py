@@ -16,13 +16,14 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerFast
 
 from apb_jax.errors import UserError
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.haystack import Haystack, filler, novel, read_text, split_held_out
+from apb_jax.synthetic.sample import text_of
+from apb_jax.synthetic.tasks import QUESTION_TASKS, TASKS, World
+from apb_jax.synthetic.vocabulary import PEOPLE, vocabulary
 from apb_jax.tiny.batches import BatchWorkers
-from apb_jax.tiny.haystack import Haystack, filler, novel, read_text, split_held_out
 from apb_jax.tiny.rows import Rows
-from apb_jax.tiny.sample import text_of
-from apb_jax.tiny.tasks import QUESTION_TASKS, TASKS, World
-from apb_jax.tiny.tokenizer import Encoder, save_tokenizer, train_tokenizer
-from apb_jax.tiny.words import PEOPLE, vocabulary
+from apb_jax.tiny.tokenizer import save_tokenizer, train_tokenizer
 
 AHEAD = 32
 """Batches asked for ahead of the step that takes them."""

@@ -92,7 +92,9 @@ def _embedded(task: str, record: Record, values: dict[str, str]) -> str:
 def cut_middle(tokens: Tokens, prompt: PromptText, most: int) -> tuple[PromptText, dict[str, Any]]:
     """Keep the first and last ``most // 2`` tokens of a prompt that has more, and say what was cut.
 
-    The query part stays whole, so the document's second half shrinks by the query's tokens.
+    The query part stays whole, so the document's second half shrinks by the query's tokens. A cut through a character
+    takes the whole character out, and where the kept text has more tokens than before (both ends meet anew), the first
+    half gives up the surplus.
     """
     document, query = list(tokens.encode(prompt.document)), list(tokens.encode(prompt.query))
     total = len(document) + len(query)
@@ -101,6 +103,26 @@ def cut_middle(tokens: Tokens, prompt: PromptText, most: int) -> tuple[PromptTex
     front, back = most // 2, most // 2 - len(query)
     if back < 0:
         raise EvalError(f"the question alone has {len(query)} tokens, half of the {most} that fit is less")
-    kept = document[:front] + document[len(document) - back :]
-    cut = PromptText(tokens.decode(kept), prompt.query, prompt.embedded)
-    return cut, {"tokens": len(kept) + len(query), "cut_tokens": total - len(kept) - len(query)}
+    head, tail = document[:front], document[len(document) - back :]
+    head, tail = _whole_end(tokens, head), _whole_start(tokens, tail)
+    text = tokens.decode(head + tail)
+    while (surplus := tokens.count(text) + len(query) - most) > 0 and head:
+        head = _whole_end(tokens, head[:-surplus])
+        text = tokens.decode(head + tail)
+    kept = len(head) + len(tail) + len(query)
+    return PromptText(text, prompt.query, prompt.embedded), {"tokens": kept, "cut_tokens": total - kept}
+
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer of bytes decodes a part of a character to. A character has at most four bytes, so tokens."""
+
+
+def _whole_end(tokens: Tokens, ids: list[int]) -> list[int]:
+    """``ids`` without the tokens at their end that hold a part of a character."""
+    ends = [ids[: len(ids) - n] for n in range(4)]
+    return next((end for end in ends if not tokens.decode(end[-8:]).endswith(BROKEN)), ids)
+
+
+def _whole_start(tokens: Tokens, ids: list[int]) -> list[int]:
+    """``ids`` without the tokens at their start that hold a part of a character."""
+    return next((ids[n:] for n in range(4) if not tokens.decode(ids[n : n + 8]).startswith(BROKEN)), ids)

@@ -3,6 +3,7 @@
 Rules: ``official`` (OpenBMB), ``minference``, ``apb``, ``string``, ``lm_eval``. A table must name its rule.
 """
 
+import math
 import re
 import string
 from collections import Counter
@@ -94,11 +95,20 @@ def _kv_retrieval(prediction: str, label: Label, rule: str) -> bool:
 # -- code -------------------------------------------------------------------------------------------------------------
 
 
+LONGEST_NUMBER = 4000
+"""Digits beyond which a run of digits equals no reference; Python converts no more than 4,300 to an int."""
+
+
+def _whole(digits: str) -> int | None:
+    """The integer a text spells, or None for one longer than any reference."""
+    return int(digits) if len(digits) <= LONGEST_NUMBER else None
+
+
 def _code_run(prediction: str, label: Label, rule: str) -> bool:
     words = _blank(prediction.strip(), "\n", ".", "`", "'", '"', ":").split()
     if not words or not re.fullmatch(r"[+-]?\d+(_\d+)*", words[-1]):
         return False
-    return int(words[-1]) == _first(label)
+    return _whole(words[-1]) == _first(label)
 
 
 _CODE_BLANKS = ("\n", "`", "'", '"', "-", "*", "Option", "option")
@@ -226,7 +236,8 @@ def _math_find(prediction: str, label: Label, rule: str) -> bool:
         return float(found.group()) == float(label)
     if not isinstance(label, int):
         raise EvalError(f"math_find: the answer must be a number, got {label!r} (datasets turns numbers into strings)")
-    return int(float(found.group())) == label
+    value = float(found.group())  # as the original: digits beyond a double's are lost, beyond its range it is infinite
+    return math.isfinite(value) and int(value) == label
 
 
 def _math_calc(prediction: str, label: Label, rule: str, *, drop_first: bool) -> float:
@@ -236,7 +247,7 @@ def _math_calc(prediction: str, label: Label, rule: str, *, drop_first: bool) ->
         raise EvalError(f"math_calc: the answer must be a list of numbers, got {label!r}")
     if isinstance(label[0], list) and rule in ("official", "string"):
         label = label[0]
-    numbers = [int(digits) for digits in re.findall("[0-9]+", prediction)]
+    numbers = [_whole(digits) for digits in re.findall("[0-9]+", prediction)]
     if drop_first:
         numbers = numbers[1:]
     right = 0

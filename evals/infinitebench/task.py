@@ -7,7 +7,7 @@ from typing import Any
 
 from evals.base import EvalError, Example, require_choice
 from evals.infinitebench.prompts import SETS, cut_middle, make_prompt
-from evals.infinitebench.records import HUB_NAME, NEW_TOKENS, TASKS, read_records
+from evals.infinitebench.records import HUB_NAME, NEW_TOKENS, TASKS, checked, read_records
 from evals.infinitebench.scoring import RULES, score_one
 from evals.tokens import Tokens
 
@@ -37,8 +37,14 @@ class InfiniteBenchTask:
         require_choice("scoring rule", self.rule, RULES)
         if self.data is not None and not Path(self.data).is_dir():
             raise EvalError(f"--data {self.data}: no such folder (`python -m evals data` says what belongs into it)")
-        if self.data is not None and not (Path(self.data) / f"{self.name}.jsonl").is_file():
-            raise EvalError(f"--data {self.data}: {self.name}.jsonl not there (see `python -m evals data`)")
+        if self._file is not None:
+            if not self._file.is_file():
+                raise EvalError(f"--data {self.data}: {self.name}.jsonl not there (see `python -m evals data`)")
+            checked(self.name, self._file)
+
+    @property
+    def _file(self) -> Path | None:
+        return None if self.data is None else Path(self.data) / f"{self.name}.jsonl"
 
     @property
     def metric(self) -> str:
@@ -52,12 +58,13 @@ class InfiniteBenchTask:
         return score_one(self.name, text, example.label, rule=self.rule)
 
     def describe(self) -> dict[str, Any]:
+        file = self._file
         return {
             "template": self.template,
             "rule": self.rule,
             "truncation": "middle, after reserving the answer",
             "max_new_tokens": self.max_new_tokens,
-            "data": str(self.data) if self.data is not None else HUB_NAME,
+            "data": HUB_NAME if file is None else {"file": file.name, "sha256": checked(self.name, file)},
         }
 
     def examples(self) -> Iterator[Example]:

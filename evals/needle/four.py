@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from evals.base import EvalError, Example
-from evals.needle.heatmap import templates
+from evals.base import EvalError, Example, text_facts
+from evals.needle.task import templates
 from evals.tokens import Tokens
 
 NEEDLES = 4
@@ -46,7 +46,7 @@ class FourNeedlesTask:
     def describe(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
-            "haystack": self.text_name,
+            "data": text_facts(self.text_name, self.text),
             "fits": self.fits,
             "question": "llama3.1" if self.llama31_question else "default",
             "max_new_tokens": ANSWER_TOKENS,

@@ -5,11 +5,12 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
+
+from apb_jax.synthetic.packaged import word_list
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -44,13 +45,6 @@ class Draws:
 
     def letters(self, alphabet: str, count: int) -> str:
         return "".join(self.py.choices(alphabet, k=count))
-
-
-@cache
-def word_list(name: str) -> tuple[str, ...]:
-    """``nounlist``, ``adjectivelist`` or ``verblist`` of wonderwords 2.2.0 (MIT), one right-stripped word a line."""
-    text = files("evals.ruler").joinpath(f"words/{name}.txt").read_text(encoding="utf-8")
-    return tuple(line.rstrip() for line in text.splitlines())
 
 
 @cache

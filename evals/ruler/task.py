@@ -142,6 +142,9 @@ class RulerTask:
         if self._text is not None:
             path = corpus.find(self.data, self._text)
             facts["data"] = {"file": path.name, "sha256": corpus.sha256(path)}
+        words = self._more_words()
+        if words is not None:
+            facts["data"] = {"file": words.name, "sha256": corpus.sha256(words)}
         if self._text == "essays":
             facts["sentence_splitter"] = self.splitter
         return facts
@@ -212,11 +215,8 @@ class RulerTask:
         )
 
     def _cwe_maker(self, draws: Draws) -> CweMaker:
-        more = None
-        if self._variant.repeats_texts and self.data is not None:
-            folder = Path(self.data)
-            if any((folder / name).is_file() for name in corpus.FILES["english_words"]):
-                more = corpus.load_english_words(corpus.find(self.data, "english_words"))
+        words = self._more_words()
+        more = None if words is None else corpus.load_english_words(words)
         return CweMaker(
             self._form(),
             draws,
@@ -225,6 +225,13 @@ class RulerTask:
             separator=self._variant.cwe_separator,
             more_words=more,
         )
+
+    def _more_words(self) -> Path | None:
+        """The main branch's further words for common words extraction, where the data folder holds them."""
+        if self.family != "cwe" or not self._variant.repeats_texts or self.data is None:
+            return None
+        paths = [Path(self.data) / name for name in corpus.FILES["english_words"]]
+        return next((path for path in paths if path.is_file()), None)
 
     def _passkey_maker(self, draws: Draws) -> PasskeyMaker:
         return PasskeyMaker(self._form(), draws)

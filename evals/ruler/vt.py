@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
+from evals.base import EvalError
 from evals.ruler.atoms import NOISE, Draws
 from evals.ruler.prompt import Form
 from evals.ruler.sizing import Budget, Draft, Maker, bisect, draw, fit, linear
@@ -50,6 +51,8 @@ class VtMaker:
         if len(sentences) <= len(chain):  # too few places: put the chain between single sentences
             parts = [part for unit in sentences for part in unit.split(".")]
             sentences = [part + "." if part.strip() else part for part in parts]
+        if len(sentences) < len(chain):
+            raise EvalError(f"{units} noise sentences hold no chain of {len(chain)} assignments; use a longer length")
         places = sorted(draws.py.sample(range(len(sentences)), len(chain)))
         for inserted, (place, sentence) in enumerate(zip(places, chain, strict=True)):
             sentences.insert(place + inserted, sentence)

@@ -13,15 +13,16 @@ import pytest
 from rich.console import Console
 
 from apb_jax.errors import UserError
+from apb_jax.synthetic.packaged import NOVEL
 from apb_jax.tiny.tokenizer import train_tokenizer
-from evals.__main__ import connect, run
-from evals.cli import SystemSpec
-from evals.perplexity import PerplexityPlan, run_perplexity
+from evals.__main__ import run
+from evals.base import SystemSpec
+from evals.perplexity.task import PerplexityPlan, run_perplexity
 from evals.ruler import RulerTask
 from evals.runner import run_config, run_tasks
 from evals.store import RunFolder, read_rows
+from evals.system import connect
 
-NOVEL = Path(__file__).parents[2] / "apb_jax" / "tiny" / "data" / "coxon_fund.txt"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

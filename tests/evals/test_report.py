@@ -11,9 +11,10 @@ from fake_system import run
 from rich.console import Console
 
 from evals.base import EvalError
+from evals.page import escape
 from evals.plots import spread
 from evals.report import find_runs, write_report
-from evals.tables import length_name, print_metrics
+from evals.tables import length_name, print_metrics, score_cell
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -82,7 +83,7 @@ def test_variants_get_tables_of_their_own(report):
     sections = (out / "report" / "report.md").read_text().split("\n## ")
     ruler = [section for section in sections if section.startswith("RULER")]
     assert len(ruler) == 2
-    assert "ruler_fit, wrapper base" in ruler[0]
+    assert "ruler_fit, wrapper base, seed 42" in ruler[0]
     assert "ruler_main, wrapper base" in ruler[1]
     assert "2K | 4K" in ruler[1]
     needle = [section for section in sections if section.startswith("Needle")]
@@ -94,7 +95,7 @@ def test_tables_hold_the_metrics(report):
     markdown = (out / "report" / "report.md").read_text()
     for path in out.glob("main/*/metrics.json"):
         for result in json.loads(path.read_text())["results"]:
-            assert f"{result['score']:.1f} ± {result['standard_error']:.1f}" in markdown
+            assert score_cell(result).replace("[", "\\[").replace("]", "\\]") in markdown
     assert "prefill vs full" in markdown
     assert "| 1.00x |" in markdown
     assert "share of the document: 0.55" in markdown  # what really ran
@@ -103,7 +104,9 @@ def test_tables_hold_the_metrics(report):
 def test_exact_method_comes_first(report):
     out, _ = report
     markdown = (out / "report" / "report.md").read_text()
-    for section in markdown.split("\n## ")[1:]:
+    *sections, words = markdown.split("\n## ")[1:]
+    assert words.startswith("Words")
+    for section in sections:
         assert section.index("full") < section.index("forgetful")
 
 
@@ -115,6 +118,11 @@ def test_overview_holds_the_figure_of_every_section(report):
     metrics = json.loads((out / "main" / "full" / "metrics.json").read_text())
     assert f"mean score (%) at 4K | {metrics['mean_by_length']['4096']['score']:.1f} |" in overview
     assert overview.count("\n| ") == 2 + 6
+    page = (out / "report" / "report.html").read_text()
+    assert "± " not in page
+    assert '<th scope="row">' in page
+    assert "<th>" not in page
+    assert "Mean of 2: vt, niah_single_1." in page
 
 
 def test_folders_without_runs_are_refused(tmp_path):
@@ -144,7 +152,7 @@ def test_a_narrow_terminal_gets_several_tables_and_no_cut_cell():
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert all(sum(m in line.split() for line in lines) == 2 for m in methods)  # as a column, and in the table of means
-    assert sum(line.count(f"{11 + 0.04096:.1f} ± 1.0") for line in lines) == 2
+    assert sum(line.count(f"{11 + 0.04096:.1f} [") for line in lines) == 2
 
 
 def test_labels_are_spread_around_their_middle():
@@ -152,3 +160,21 @@ def test_labels_are_spread_around_their_middle():
     assert spread([0.0, 0.0, 1.0], 5.0, 0.0) == [0.0, 5.0, 10.0]
     crowded = spread([40.0 + n / 10 for n in range(12)], 5.0, 0.0)
     assert all(b - a >= 5.0 - 1e-9 for a, b in pairwise(crowded))
+
+
+def test_runs_of_other_seeds_or_data_get_sections_of_their_own(tmp_path):
+    common = ["needle", "--model", "regex", "--method", "full", "--seq", "1k", "--depths", "2"]
+    text = tmp_path / "text.txt"
+    for name, words, seed in (("a", "one two. ", "1"), ("b", "one two. ", "2"), ("c", "three four. ", "1")):
+        text.write_text(words * 800)
+        command = [*common, "--text", str(text), "--seed", seed, "--out", str(tmp_path / "runs" / name)]
+        assert run(command) == 0
+    write_report([tmp_path / "runs"], tmp_path / "report")
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert markdown.count("\n## Needle") == 3
+
+
+def test_markdown_is_escaped():
+    assert escape("a|b\n<img> *x* [y](z) `q` niah_single_1") == (
+        "a\\|b &lt;img&gt; \\*x\\* \\[y\\](z) \\`q\\` niah_single_1"
+    )

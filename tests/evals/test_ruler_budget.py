@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from apb_jax.synthetic.packaged import NOVEL, word_list
 from evals.base import EvalError
 from evals.ruler import EXTRA_TASKS, TASKS, NiahSpec, RulerTask, generate, needed_text
-from evals.ruler.atoms import NOISE, KeyVocabulary, key_vocabulary, word_list
+from evals.ruler.atoms import NOISE, KeyVocabulary, key_vocabulary
 from evals.ruler.niah import DEPTHS
 from evals.tokens import token_counter, whitespace_counter
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
-NOVEL = ROOT / "apb_jax" / "tiny" / "data" / "coxon_fund.txt"
 
 
 @cache

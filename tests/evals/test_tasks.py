@@ -6,19 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_system import NOVEL, RegexSystem, run, word_tokens
+from fake_system import RegexSystem, run, word_tokens
 from rich.console import Console
 
-from evals import latency
-from evals.base import Completion, EvalError, Example
+from apb_jax.synthetic.packaged import NOVEL
+from evals.base import Completion, EvalError, Example, Scored
 from evals.infinitebench.prompts import SETS, PromptText, cut_middle, make_prompt
 from evals.infinitebench.records import NEW_TOKENS, TASKS, Record, make_record, read_records, templates
 from evals.infinitebench.task import InfiniteBenchTask
-from evals.latency import LatencyPlan, minference_table, run_latency
+from evals.latency.task import LatencyPlan, document_of, minference_table, run_latency
 from evals.needle.four import FourNeedlesTask
-from evals.needle.heatmap import HeatmapTask, even_depths
 from evals.needle.place import fill, insert
-from evals.perplexity import PerplexityPlan, Scored, run_perplexity
+from evals.needle.task import HeatmapTask, even_depths
+from evals.perplexity.task import PerplexityPlan, run_perplexity
 from evals.ruler.prompt import make_form, split_prompt, wrapper_names
 from evals.store import RunFolder, read_rows
 
@@ -223,8 +223,8 @@ def test_labels_come_back_in_the_scorers_form(task, answer, label):
     ("row", "expected"),
     [
         ({"context": "c", "input": "i"}, "field 'answer' missing"),
-        ({"context": "c", "input": "i", "answer": []}, "record with an empty answer"),
-        ({"context": "c", "input": "i", "answer": ["no"], "options": list(OPTIONS)}, "none of the options"),
+        ({"context": "c", "input": "i", "answer": [], "options": list(OPTIONS)}, "with an empty answer"),
+        ({"context": "c", "input": "i", "answer": ["no"], "options": list(OPTIONS)}, "none of the 4 options"),
     ],
 )
 def test_wrong_records_are_refused(row, expected):
@@ -381,7 +381,7 @@ def test_latency_of_the_prefill_alone(tmp_path):
 
 def test_the_document_is_the_longest_that_fits():
     count = word_tokens().count
-    document = latency.document_of("a b c", "q", 20, count)
+    document = document_of("a b c", "q", 20, count)
     assert count(document) + count("q") == 20
     assert document.startswith("a b c a b")
 

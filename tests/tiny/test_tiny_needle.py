@@ -10,11 +10,13 @@ from transformers import PreTrainedTokenizerFast
 
 import apb_jax
 from apb_jax.errors import UserError
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.grading import is_correct, wilson
+from apb_jax.synthetic.haystack import filler
 from apb_jax.synthetic.needle import needle_prompt
 from apb_jax.tiny import FOLDER
-from apb_jax.tiny.evaluate import METHODS, REGISTRY, Budget, is_correct, items, main, markdown, shards_of, wilson
-from apb_jax.tiny.haystack import filler
-from apb_jax.tiny.tokenizer import BOS_ID, Encoder
+from apb_jax.tiny.evaluate import METHODS, REGISTRY, Budget, items, main, markdown, shards_of
+from apb_jax.tiny.tokenizer import BOS_ID
 
 
 @pytest.fixture(scope="module")

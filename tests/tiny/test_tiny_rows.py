@@ -12,11 +12,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from apb_jax.model.config import ModelConfig
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.haystack import filler
+from apb_jax.synthetic.sample import Piece, Question, Role, Sample, tokens_of
 from apb_jax.tiny import FOLDER, QUERY_AT
-from apb_jax.tiny.haystack import filler
 from apb_jax.tiny.rows import DECISIVE_WEIGHT, lay_out, make_rows, spread_positions, training_world
-from apb_jax.tiny.sample import Piece, Question, Role, Sample, tokens_of
-from apb_jax.tiny.tokenizer import BOS_ID, EOS_ID, Encoder
+from apb_jax.tiny.tokenizer import BOS_ID, EOS_ID
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,8 @@ import sys, numpy as np
 from transformers import PreTrainedTokenizerFast
 from apb_jax.tiny import FOLDER
 from apb_jax.tiny.batches import BatchWorkers
-from apb_jax.tiny.haystack import filler
-from apb_jax.tiny.tokenizer import Encoder
+from apb_jax.synthetic.haystack import filler
+from apb_jax.synthetic.encoder import Encoder
 encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(FOLDER))
 with BatchWorkers(encoder, (filler(),), workers=2, seed=3, max_positions=1024) as workers:
     for _ in range(3):

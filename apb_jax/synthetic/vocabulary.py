@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from apb_jax.tiny import FOLDER
+from apb_jax.synthetic.packaged import word_list
 
 HELD_OUT_EVERY = 10
 VARIABLE_NAMES = 24_000
@@ -51,8 +51,7 @@ class Vocabulary:
 
 
 def _plain_words(name: str) -> list[str]:
-    lines = (FOLDER / "data" / name).read_text(encoding="utf-8").split()
-    return sorted({w for w in lines if w.isascii() and w.isalpha() and w.islower()})
+    return sorted({w for w in word_list(name) if w.isascii() and w.isalpha() and w.islower()})
 
 
 def _split(words: list[str], held_out: bool) -> tuple[str, ...]:
@@ -65,8 +64,8 @@ def vocabulary(held_out: bool) -> Vocabulary:
     letters = np.random.default_rng(0).integers(0, 26, (VARIABLE_NAMES, 5))
     names = sorted({"".join(string.ascii_uppercase[i] for i in row) for row in letters})
     return Vocabulary(
-        adjectives=_split(_plain_words("adjectivelist.txt"), held_out),
-        nouns=_split(_plain_words("nounlist.txt"), held_out),
+        adjectives=_split(_plain_words("adjectivelist"), held_out),
+        nouns=_split(_plain_words("nounlist"), held_out),
         variables=_split(names, held_out),
         people=tuple(PEOPLE),
     )

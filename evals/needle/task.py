@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.base import EvalError, Example, require_choice
+from evals.base import EvalError, Example, require_choice, text_facts
 from evals.needle.place import BUFFER, fill, insert
 from evals.ruler.atoms import key_vocabulary
 from evals.ruler.niah import NEEDLE
@@ -74,7 +74,7 @@ class HeatmapTask:
             "seed": self.seed,
             "depths": list(self.depths),
             "rounds": self.rounds,
-            "haystack": self.text_name,
+            "data": text_facts(self.text_name, self.text),
             "max_new_tokens": self.max_new_tokens,
         }
 

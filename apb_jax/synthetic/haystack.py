@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from apb_jax.errors import UserError
-from apb_jax.tiny import FOLDER
+from apb_jax.synthetic.packaged import FILLER, NOVEL
 
 MAX_WORDS = 28
 """Longer sentences are cut, so that a haystack can be filled to within one short piece of any length."""
@@ -50,14 +50,14 @@ def sentences(text: str) -> tuple[str, ...]:
 
 
 def filler() -> Haystack:
-    """The packaged filler: plain sentences of our own and RULER's noise sentences."""
-    lines = (FOLDER / "data" / "filler.txt").read_text(encoding="utf-8").splitlines()
+    """The packaged filler, its sentences in random order."""
+    lines = FILLER.read_text(encoding="utf-8").splitlines()
     return Haystack(tuple(" " + line.strip() for line in lines if line.strip()), shuffled=True)
 
 
 def novel() -> Haystack:
-    """The packaged real text: Henry James, The Coxon Fund (1915 edition, Project Gutenberg, public domain)."""
-    return Haystack(sentences((FOLDER / "data" / "coxon_fund.txt").read_text(encoding="utf-8")))
+    """The packaged real text, from a random sentence on."""
+    return Haystack(sentences(NOVEL.read_text(encoding="utf-8")))
 
 
 def read_text(path: Path) -> str:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from apb_jax.tiny.haystack import Haystack
-from apb_jax.tiny.sample import Line, Piece, Question, Role, Sample, different_digits, fill, length_of
-from apb_jax.tiny.tokenizer import Encoder
-from apb_jax.tiny.words import Vocabulary
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.haystack import Haystack
+from apb_jax.synthetic.sample import Line, Piece, Question, Role, Sample, different_digits, fill, length_of
+from apb_jax.synthetic.vocabulary import Vocabulary
 
 Key = tuple[str, str]
 

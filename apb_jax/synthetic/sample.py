@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apb_jax.tiny.tokenizer import Encoder
+from apb_jax.synthetic.encoder import Encoder
 
 
 class Role(enum.Enum):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from apb_jax.synthetic.encoder import Encoder
+from apb_jax.synthetic.haystack import filler, novel
+from apb_jax.synthetic.sample import Role, Sample, text_of, tokens_of
+from apb_jax.synthetic.tasks import QUESTION_TASKS, TASKS, World
+from apb_jax.synthetic.vocabulary import vocabulary
 from apb_jax.tiny import FOLDER
-from apb_jax.tiny.haystack import filler, novel
-from apb_jax.tiny.sample import Role, Sample, text_of, tokens_of
-from apb_jax.tiny.tasks import QUESTION_TASKS, TASKS, World
-from apb_jax.tiny.tokenizer import Encoder
-from apb_jax.tiny.words import vocabulary
 
 
 @pytest.fixture(scope="module")
