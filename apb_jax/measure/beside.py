@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from apb_jax.attention.registry import METHODS, MethodSpec
+from apb_jax.attention.registry import MethodSpec
 from apb_jax.engine import Engine
 from apb_jax.mesh import make_mesh
 
@@ -22,7 +22,7 @@ class Beside:
     def of(self, spec: MethodSpec) -> Engine:
         """Raises UserError where the method cannot serve the model or mesh."""
         first = self.first
-        if METHODS[spec.name][0].can.max_shards != 1 or first.shards == 1:
+        if spec.can.max_shards != 1 or first.shards == 1:
             return first.with_method(spec)
         if self._single is None:
             alone = replace(first.settings, virtual_shards=1, slice_decode=False)
