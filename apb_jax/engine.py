@@ -11,11 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from apb_jax.attention.apb import APB
-from apb_jax.attention.full import Full
 from apb_jax.attention.inputs import Kernels, Prompt
-from apb_jax.attention.method import AttentionMethod, Capabilities
-from apb_jax.attention.registry import METHODS, MethodSpec, Request
+from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
+from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer
@@ -23,7 +21,7 @@ from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import partition_specs
 from apb_jax.prefill import PrefillRows, run
-from apb_jax.presets import APB_BUDGETS, APB_BUDGETS_OF, TEMPLATES, template_of
+from apb_jax.presets import TEMPLATES, template_of
 from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt import PromptCodec, Text, find_template, make_prompt
 from apb_jax.session import Session, is_batch
@@ -118,18 +116,27 @@ class Engine:
     @property
     def can(self) -> Capabilities:
         """What the engine's method can do."""
-        return METHODS[self.method.name][0].can if isinstance(self.method, MethodSpec) else type(self.method).can
+        return self.method.can
 
     def check_method(self, batch: int) -> None:
         """Refuse what the method cannot do on such a model, mesh and batch."""
-        kind = METHODS[self.method.name][0] if isinstance(self.method, MethodSpec) else type(self.method)
-        given = self.method.options if isinstance(self.method, MethodSpec) else vars(self.method)
-        reason = kind.refuse(self.model.config, self.shards, batch, self.mesh.shape[TP], given)
-        asked = isinstance(self.method, MethodSpec) and given.get("scorer") == "heads"
-        if reason is None and (kind.can.needs_heads or asked) and self.model.retaining_hidden is None:
-            reason = f"method {kind.name!r} needs retaining heads and {self.model.name} has none; give --heads FILE"
+        reason = refusal(self.method, self.setup(batch))
         if reason is not None:
             raise UserError(reason)
+
+    def setup(self, batch: int, prompts: Sequence[Prompt] = ()) -> Setup:
+        """What the method may know when it is chosen."""
+        return Setup(
+            config=self.model.config,
+            model=self.model.name,
+            shards=self.shards,
+            devices=self.mesh.shape[SP],
+            tp=self.mesh.shape[TP],
+            batch=batch,
+            has_heads=self.model.retaining_hidden is not None,
+            query_at=self.codec.query_at if self.codec else 0,
+            prompts=tuple(prompts),
+        )
 
     def _place(self, model: LoadedModel) -> nnx.State:
         """The weights on the mesh."""
@@ -188,33 +195,7 @@ class Engine:
 
     def choose(self, prompts: list[Prompt]) -> tuple[AttentionMethod, tuple[str, ...]]:
         """The method for these prompts, and what the user should know about it (budgets, fallback to full)."""
-        notes: list[str] = []
-        method = self.method
-        if isinstance(method, MethodSpec):
-            request = Request(
-                prompts,
-                self.shards,
-                query_at=self.codec.query_at if self.codec else 0,
-                has_heads=self.model.retaining_hidden is not None,
-                model=self.model.name,
-                heads=self.model.config.num_heads // self.mesh.shape[TP],
-                budgets=APB_BUDGETS_OF.get(self.model.name, APB_BUDGETS),
-            )
-            method = method.build(request)
-        elif isinstance(method, APB) and method.query_at is None:
-            method = replace(method, query_at=self.codec.query_at if self.codec else 0)
-        if self.settings.virtual_shards > 1 and getattr(method, "ring_shards", 1) > 1:
-            raise UserError(
-                f"ulysses on {self.shards} shards exchanges heads within groups of devices, which virtual shards lack; "
-                "nearest legal choice: --method ring"
-            )
-        if self.model.retaining_hidden is None and isinstance(method, APB) and method.passing_tokens:
-            method = replace(method, scorer="query")
-            notes.append("no retaining heads: keys are scored by the query's own attention (training-free)")
-        reason = method.why_not(prompts, self.shards)
-        if reason is not None:
-            return Full(), (f"{method.name} falls back to full attention: {reason}",)
-        return method, tuple(notes)
+        return resolve(self.method, self.setup(len(prompts), prompts))
 
     def prefill(self, prompts: list[Prompt]) -> Session:
         """Run the documents through all layers; the returned session answers from their KV cache."""

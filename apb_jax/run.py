@@ -107,8 +107,6 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         current.choose([task.prompt])
         current.check_lengths([task.prompt], [task.prompt.query], new_tokens(config))
     notes = list(task.notes)
-    if engine.shards == 1 and not engine.can.exact and engine.can.max_shards != 1:
-        notes.append(f"one shard: {name} is plain full attention; --virtual-shards 8 splits the document on one device")
     repeat = int(bool(others)) if config.repeat is None else config.repeat
     asking = Asking(
         task.prompt, new_tokens(config), sampler, config.seed, () if engine.codec is None else None, task.truth,

@@ -73,28 +73,20 @@ class StageBar:
 
 def layout_picture(layout: Layout, method: AttentionMethod, mesh: dict[str, int]) -> Panel:
     """Every shard's keys as a bar: what came from earlier shards, the anchor, and its own block."""
-    prefix = dict(layout.segments[:-1])
-    if getattr(method, "shared_anchor", False) and prefix:
-        prefix["anchor"] = getattr(method, "anchor_tokens", 0)  # its rows are shared out, its keys are not
-    passed = getattr(method, "passing_tokens", 0)
     block = int(layout.block_rows[0])
-
-    def keys(shard: int) -> dict[str, int]:
-        whole = method.can.exact or (method.can.selects and not prefix)
-        earlier = {"earlier": shard * block} if whole else {"passing": shard * passed}
-        return earlier | (prefix if shard else {}) | {"block": block}
-
-    widest = max(sum(keys(shard).values()) for shard in range(layout.shards))
+    keys = [method.visible_keys(layout, shard) for shard in range(layout.shards)]
+    widest = max(sum(kinds.values()) for kinds in keys)
     lines = []
     for shard in range(layout.shards):
         bar = Text(f"shard {shard:>2} ")
-        for name, count in keys(shard).items():
+        for name, count in keys[shard].items():
             if count:
                 bar.append("█" * max(1, round(WIDTH * count / widest)), style=STYLE.get(name, "blue"))
         first = shard * block
         last = min(first + block, int(layout.document_tokens[0]))
         lines.append(bar.append(f"  {first:,}..{last:,}", style="dim"))
-    shown = keys(layout.shards - 1)
+    shown = keys[-1]
+    passed = shown.get("passing", 0) // max(1, layout.shards - 1)
     words = {
         "earlier": "all earlier blocks",
         "passing": f"passing: {passed:,} of each earlier shard, per KV head",

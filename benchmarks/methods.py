@@ -110,7 +110,7 @@ def main() -> None:
         return engines[key].with_method(MethodSpec(name))
 
     for name in names:
-        shards = 1 if name == "full" or METHODS[name][0].can.max_shards == 1 else devices
+        shards = 1 if name == "full" or METHODS[name].can.max_shards == 1 else devices
         row: dict[str, Any] = {"benchmark": "methods", "date": date.today().isoformat(), "method": name}
         limit_layer = args.limit / config.num_layers
         if name in ESTIMATED_FIRST:

@@ -10,9 +10,9 @@ from apb_jax.attention.registry import METHODS
 
 def table() -> str:
     """Markdown, one row per method."""
-    head = ("method", "file", "source", "result", "needs", "shards", "batch", "STRING", "tested by")
+    head = ("method", "file", "source", "result", "needs", "shards", "STRING", "tested by")
     lines = [head, ("---",) * len(head)]
-    for name, (kind, _) in METHODS.items():
+    for name, kind in METHODS.items():
         can = kind.can
         needs = [
             *(["trained heads"] if can.needs_heads else []),
@@ -27,7 +27,6 @@ def table() -> str:
                 "exact" if can.exact else "approximate",
                 ", ".join(needs) or "nothing",
                 "1" if can.max_shards == 1 else "1 to N",
-                "1" if can.max_batch == 1 else "any",
                 "yes" if can.remaps_positions else "no",
                 ", ".join(can.tested),
             )

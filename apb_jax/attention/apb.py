@@ -7,8 +7,9 @@ rows of a block see the selections of earlier shards, the anchor, and their own 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import Keys, Queries, attend, project
+from apb_jax.attention.budgets import apb_budget
 from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, block_layout
-from apb_jax.attention.method import AttentionMethod, Capabilities
+from apb_jax.attention.method import ONE_SHARD, AttentionMethod, Capabilities, Setup
 from apb_jax.attention.query_scores import WINDOW, query_scores
 from apb_jax.attention.shared_anchor import anchor_edge, gather_with_anchor, share_anchor
 from apb_jax.errors import UserError
@@ -60,12 +62,10 @@ class APB(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("anchor_tokens", "passing_tokens", "query_at"):
             if (getattr(self, field) or 0) < 0:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be 0 or more")
-        for field in ("embed_query", "shared_anchor"):
-            if not isinstance(getattr(self, field), bool):
-                raise UserError(f"{field} is {getattr(self, field)!r}; it must be true or false")
         if self.scorer not in SCORERS:
             raise UserError(f"scorer {self.scorer!r} is unknown; choose one of {', '.join(SCORERS)}")
         if self.pool < 1 or self.pool % 2 == 0:
@@ -76,7 +76,43 @@ class APB(AttentionMethod):
         """Index of the embedded query in the anchor."""
         return self.query_at or 0
 
-    def why_not(self, prompts: list[Prompt], shards: int) -> str | None:
+    @classmethod
+    def refuse(cls, setup: Setup, options: Mapping[str, Any]) -> str | None:
+        if options.get("scorer") == "heads" and not setup.has_heads:
+            return (
+                f"method {cls.name!r} needs retaining heads and {setup.model} has none; give --heads FILE or "
+                "--scorer query"
+            )
+        return super().refuse(setup, options)
+
+    @classmethod
+    def for_request(cls, setup: Setup, options: Mapping[str, Any]) -> Self:
+        """Budgets from the table by length, shrunk to what the shards' blocks can give; the anchor shared."""
+        row = apb_budget(setup.shortest, setup.model)
+        block = -(-setup.shortest // setup.shards)
+        embedded = max(len(p.embedded_query) for p in setup.prompts)
+        query_at = options.get("query_at", setup.query_at)
+        # Room for the query and as much of the document; never more than leaves shard 0 something to pass.
+        room = max(min(row.anchor_tokens, block // 2), min(query_at + 2 * embedded, 3 * block // 4))
+        anchor = options.get("anchor_tokens", room)
+        decided = {
+            "anchor_tokens": anchor,
+            "passing_tokens": max(0, min(row.passing_tokens, block - anchor)),
+            "query_at": query_at,
+            "scorer": "heads" if setup.has_heads else "query",
+            "shared_anchor": True,
+        }
+        return cls(**{**decided, **options})
+
+    def completed(self, setup: Setup) -> tuple[Self, tuple[str, ...]]:
+        """``query_at`` as the chat template has it; the training-free scorer where the model has no heads."""
+        whole = self if self.query_at is not None else replace(self, query_at=setup.query_at)
+        if setup.has_heads or not self.passing_tokens:
+            return whole, ()
+        note = "no retaining heads: keys are scored by the query's own attention (training-free)"
+        return replace(whole, scorer="query"), (note,) if setup.shards > 1 else ()
+
+    def why_not(self, prompts: Sequence[Prompt], shards: int) -> str | None:
         if shards == 1:
             return None
         for prompt in prompts:
@@ -102,7 +138,14 @@ class APB(AttentionMethod):
             return "the training-free scorer reads the query in the anchor, and there is none"
         return None
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        if shards == 1:
+            return ONE_SHARD
+        if self.anchor_tokens == 0 and all(-(-len(p.document) // shards) <= self.passing_tokens for p in prompts):
+            return f"passing {self.passing_tokens} tokens of every block passes all of them"
+        return None
+
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         if shards == 1 or self.anchor_tokens == 0:
             return block_layout(prompts, shards)
         anchors = []
@@ -114,6 +157,11 @@ class APB(AttentionMethod):
             return share_anchor(block_layout(prompts, shards), np.stack(anchors))
         place = np.arange(self.anchor_tokens, dtype=np.int32)
         return block_layout(prompts, shards, prefix=(("anchor", np.stack(anchors), place),))
+
+    def visible_keys(self, layout: Layout, shard: int) -> dict[str, int]:
+        """The whole anchor, also where each shard holds a part of its rows."""
+        keys = {"passing": shard * self.passing_tokens} | super().visible_keys(layout, shard)
+        return keys | {"anchor": self.anchor_tokens} if "anchor" in keys else keys
 
     def anchor_rows(self, shard: Shard) -> int:
         """Anchor rows at the head of every shard's rows; on shard 0 nothing but themselves sees them."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.inputs import LayerInputs
-from apb_jax.attention.remapped import remapped_attention
+from apb_jax.attention.remapped import Border, Interval, remapped_attention
 from apb_jax.rope.base import rope_table, rotate
 from apb_jax.rope.string import StringRope
 from pallas_kernels.flash_attention import RowSegment, flash_attention
@@ -69,7 +69,7 @@ def attend(
     assert queries.far is not None
     assert queries.positions is not None
     keys = jnp.concatenate(k, axis=1)
-    first, stop = row_bounds(rows, keys.shape[0], keys.shape[1])
+    seen = Interval(*row_bounds(rows, keys.shape[0], keys.shape[1]))
     shape = keys.shape[:3]
     places = [jnp.broadcast_to(r.positions if r.positions.ndim == 3 else r.positions[..., None], r.k.shape[:3])
               for r in ranges if r.positions is not None]  # fmt: skip
@@ -82,10 +82,8 @@ def attend(
         jnp.concatenate(v, axis=1),
         queries.positions,
         positions,
-        first,
-        stop,
-        offset=queries.rope.offset,
-        border_twice=queries.rope.border_twice,
+        seen,
+        Border(queries.rope.offset, queries.rope.border_twice),
     )
     return out.astype(queries.near.dtype), lse
 

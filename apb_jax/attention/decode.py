@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.attend import project
 from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs, Shard
 from apb_jax.attention.merge import merge_partials, merge_shards
-from apb_jax.attention.remapped import remapped_attention
+from apb_jax.attention.remapped import Border, Interval, remapped_attention
 from pallas_kernels.decode_attention import decode_attention
 
 
@@ -62,6 +62,8 @@ def attend_remapped(
     assert queries.positions is not None
     rope, far, query_positions = queries.rope, queries.far, queries.positions
     rows, row = x.q.shape[1], jnp.arange(x.q.shape[1], dtype=jnp.int32)[None]
+    # The released code treats the query as part of its prefill, where the border counts twice; a step it does not.
+    border = Border(rope.offset, rope.border_twice and rows > 1)
     owner = shard.index == shard.count - 1
 
     def part(
@@ -70,11 +72,8 @@ def attend_remapped(
         stop: Int[Array, "B M"],
     ) -> tuple[Float[Array, "B M H D"], Float[Array, "B H M"]]:
         positions = jnp.broadcast_to(places[..., None], kv[0].shape[:3])
-        # The released code treats the query as part of its prefill, where the border counts twice; a step it does not.
-        return remapped_attention(
-            queries.near, far, *kv, query_positions, positions, jnp.zeros_like(stop), stop,
-            offset=rope.offset, border_twice=rope.border_twice and rows > 1,
-        )  # fmt: skip
+        seen = Interval(jnp.zeros_like(stop), stop)
+        return remapped_attention(queries.near, far, *kv, query_positions, positions, seen, border)
 
     stop = jnp.broadcast_to(cached.kept_tokens[:, None], queries.positions.shape)
     if cached.query_tokens is not None:

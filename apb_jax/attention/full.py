@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,7 +39,7 @@ class Full(AttentionMethod):
         exact=True, paper="Vaswani et al. 2017, arXiv 1706.03762", tested=("recordings", "transformers", "shards agree")
     )
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         return chunk_layout(prompts, np.arange(shards)[:, None])
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:

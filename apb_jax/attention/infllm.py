@@ -7,6 +7,7 @@ densely.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -105,6 +106,7 @@ class InfLLM(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in fields(self):
             least, value = 0 if field.name == "init_tokens" else 1, getattr(self, field.name)
             if value < least:
@@ -115,7 +117,12 @@ class InfLLM(AttentionMethod):
                 f"nearest legal choice: {self.block_tokens}"
             )
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        if max(len(p.document) for p in prompts) <= self.local_tokens:
+            return f"the window of {self.local_tokens} tokens holds the whole document"
+        return None
+
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         return chunk_layout(prompts, np.arange(shards)[:, None], multiple=self.step_tokens)
 
     def packed(self, seen: Int[Array, ""]) -> Int[Array, ""]:

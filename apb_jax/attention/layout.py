@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,7 +67,7 @@ def bucket(rows: int) -> int:
 
 
 def block_layout(
-    prompts: list[Prompt], shards: int, *, prefix: tuple[tuple[str, np.ndarray, np.ndarray], ...] = ()
+    prompts: Sequence[Prompt], shards: int, *, prefix: tuple[tuple[str, np.ndarray, np.ndarray], ...] = ()
 ) -> Layout:
     """Contiguous blocks of ceil(n / shards) tokens, padded with token 0 at position 0 (thunlp/APB's padding).
 
@@ -96,7 +97,7 @@ def block_layout(
     )
 
 
-def chunk_layout(prompts: list[Prompt], order: np.ndarray, multiple: int = 1) -> Layout:
+def chunk_layout(prompts: Sequence[Prompt], order: np.ndarray, multiple: int = 1) -> Layout:
     """Equal chunks of whole programs' length: shard r holds the chunks ``order[r]`` (ascending), int [N, pieces].
 
     A chunk has a bucketed number of rows (a multiple of ``multiple``), so padding stands behind the document only and

@@ -6,6 +6,7 @@ a layer's cache depends on that layer's own earlier rows only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +51,7 @@ class Locret(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field, least in (("budget_tokens", 1), ("chunk_tokens", 1), ("local_tokens", 0), ("stabilizers", 0)):
             if getattr(self, field) < least:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be at least {least}")
@@ -59,7 +61,12 @@ class Locret(AttentionMethod):
                 f"nearest legal choice: {self.budget_tokens - 1}"
             )
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        if not self.query_first and max(len(p.document) for p in prompts) <= self.budget_tokens:
+            return f"the budget of {self.budget_tokens} tokens holds the whole document, so that nothing is evicted"
+        return None
+
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         texts = [np.concatenate([p.query, p.document]) if self.query_first else p.document for p in prompts]
         rows = bucket(max(map(len, texts)))
         tokens = np.zeros((len(prompts), 1, rows), np.int32)

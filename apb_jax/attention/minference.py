@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,14 @@ from jaxtyping import Array, Float
 from apb_jax.attention.attend import Keys, Queries
 from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, bucket
-from apb_jax.attention.method import AttentionMethod, Capabilities
-from apb_jax.attention.minference_index import TILE, block_sparse_tiles, vertical_slash_tiles
+from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
+from apb_jax.attention.minference_index import (
+    LEAST_SLASH,
+    LEAST_VERTICAL,
+    TILE,
+    block_sparse_tiles,
+    vertical_slash_tiles,
+)
 from apb_jax.attention.streaming import a_shape
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
@@ -93,6 +98,7 @@ class MInference(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field, least in (("vertical", 1), ("slash", 1), ("block_top_k", 1), ("dense_layers", 0)):
             if getattr(self, field) < least:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be at least {least}")
@@ -100,25 +106,35 @@ class MInference(AttentionMethod):
             raise UserError(f"ratio is {self.ratio}; it must be above 0")
 
     @classmethod
-    def refuse(
-        cls,
-        config: ModelConfig,
-        shards: int,
-        batch: int,
-        tp: int = 1,
-        options: Mapping[str, Any] = MappingProxyType({}),
-    ) -> str | None:
-        path = options.get("patterns")
+    def refuse(cls, setup: Setup, options: Mapping[str, Any]) -> str | None:
+        path, config = options.get("patterns"), setup.config
         if path is not None:
             layers = len(read_patterns(path, config.num_heads).types)
             if layers != config.num_layers:
                 return f"pattern file {path} has {layers} layers, the model has {config.num_layers}; give its own file"
-        return super().refuse(config, shards, batch, tp, options)
+        return super().refuse(setup, options)
+
+    @classmethod
+    def for_request(cls, setup: Setup, options: Mapping[str, Any]) -> Self:
+        """Llama 3.1 8B: the sizes that every head of its published pattern file has."""
+        sizes = {"vertical": 512, "slash": 2048} if setup.model == "llama3.1-8b" else {}
+        return cls(**{**sizes, **options})
+
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        """Without a pattern file: every head has all columns, or all diagonals, of document and query."""
+        if self.patterns is not None:
+            return None
+        rows, sizes = max(len(p.document) + len(p.query) for p in prompts), self.table(1, 1)
+        columns = max(LEAST_VERTICAL, sizes.vertical.item())
+        diagonals = max(LEAST_SLASH, sizes.slash.item())
+        if columns >= rows:
+            return f"{columns} columns are all keys of the document"
+        return f"{diagonals} diagonals are all distances in the document" if diagonals >= rows else None
 
     def dense_layers_of(self, config: ModelConfig) -> tuple[int, ...]:
         return tuple(range(min(self.dense_layers, config.num_layers)))
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         whole = [np.concatenate([p.document, p.query]) for p in prompts]
         rows = -(-bucket(max(map(len, whole))) // TILE) * TILE
         tokens = np.zeros((len(prompts), 1, rows), np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,6 +11,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 TILE_ROWS, TILE_KEYS = 256, 1024
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The keys that each row sees: ``first <= j < stop``."""
+
+    first: Int[Array, "B S"]
+    stop: Int[Array, "B S"]
+
+
+@dataclass(frozen=True)
+class Border:
+    """Where the second rotation begins: at distance ``offset``; the key exactly there counts ``twice``, by both."""
+
+    offset: int
+    twice: bool = False
 
 
 def _tiles(x: Array, size: int) -> Array:
@@ -26,16 +43,13 @@ def remapped_attention(
     v: Float[Array, "B T K D"],
     q_positions: Int[Array, "B S"],
     k_positions: Int[Array, "B T K"],
-    first: Int[Array, "B S"],
-    stop: Int[Array, "B S"],
-    *,
-    offset: int,
-    border_twice: bool,
+    seen: Interval,
+    border: Border,
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B H S"]]:
-    """Row s sees keys ``first <= j < stop``: through ``near`` at distances below ``offset``, else through ``far``.
+    """Rows see the keys of their interval: through ``near`` at distances below the border, else through ``far``.
 
-    ``border_twice``: the key at distance exactly ``offset`` counts through both. Tiled, so memory is linear in length.
-    Returns float32 out and natural log-sum-exp; a row that sees nothing gets 0 and -inf.
+    Tiled, with the online softmax of a kernel, so memory is linear in length. Returns float32 out and natural
+    log-sum-exp; a row that sees nothing gets 0 and -inf.
     """
     batch, rows, heads, dim = near.shape
     kv_heads = k.shape[2]
@@ -53,7 +67,7 @@ def remapped_attention(
             acc, peak, total = carry
             k_tile, v_tile, k_place, base = keys
             index = base + jnp.arange(tile_keys, dtype=jnp.int32)
-            seen = (low[..., None] <= index) & (index < high[..., None])  # [B, S, T]
+            inside = (low[..., None] <= index) & (index < high[..., None])  # [B, S, T]
 
             def logits(q: Array) -> Array:
                 out = jnp.einsum(
@@ -63,14 +77,14 @@ def remapped_attention(
 
             distance = (place[:, None, :, None] - jnp.swapaxes(k_place, 1, 2)[:, :, None, :])[:, :, None]
             close, distant = logits(near_q), logits(far_q)
-            score = jnp.where(distance < offset, close, distant)
-            if border_twice:
-                score = jnp.where(distance == offset, jnp.logaddexp(close, distant), score)
-            score = jnp.where(seen[:, None, None], score, -jnp.inf)
+            score = jnp.where(distance < border.offset, close, distant)
+            if border.twice:
+                score = jnp.where(distance == border.offset, jnp.logaddexp(close, distant), score)
+            score = jnp.where(inside[:, None, None], score, -jnp.inf)
             new_peak = jnp.maximum(peak, score.max(axis=-1))
             shift = jnp.where(jnp.isneginf(new_peak), 0.0, new_peak)
             weights, decay = jnp.exp(score - shift[..., None]), jnp.exp(peak - shift)
-            read = seen.any(axis=1)[:, :, None, None]  # unread slots may hold NaN, and 0 * NaN is NaN
+            read = inside.any(axis=1)[:, :, None, None]  # unread slots may hold NaN, and 0 * NaN is NaN
             values = jnp.where(read, v_tile, jnp.zeros_like(v_tile)).astype(jnp.float32)
             update = jnp.einsum("bkgst,btkd->bkgsd", weights, values, precision=precision)
             return (acc * decay[..., None] + update, new_peak, total * decay + weights.sum(axis=-1)), None
@@ -81,6 +95,7 @@ def remapped_attention(
         safe = jnp.where(total > 0, total, 1.0)
         return acc / safe[..., None], jnp.where(total > 0, peak + jnp.log(safe), -jnp.inf)
 
-    out, lse = jax.lax.map(attend_rows, tuple(_tiles(a, tile_rows) for a in (near, far, q_positions, first, stop)))
+    by_row = (near, far, q_positions, seen.first, seen.stop)
+    out, lse = jax.lax.map(attend_rows, tuple(_tiles(a, tile_rows) for a in by_row))
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, dim)[:, :rows]
     return out, lse.transpose(1, 2, 3, 0, 4).reshape(batch, heads, -1)[:, :, :rows]

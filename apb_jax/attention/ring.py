@@ -115,10 +115,11 @@ class Ring(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.order not in ORDERS:
             raise UserError(f"ring order {self.order!r} is unknown; choose one of {', '.join(ORDERS)}")
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         return chunk_layout(prompts, ring_order(shards, self.order))
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:

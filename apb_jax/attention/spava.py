@@ -6,8 +6,9 @@ beside the prefill and choose what is passed; video, its encoder and its positio
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from apb_jax.attention.attend import Keys, Queries, attend
 from apb_jax.attention.decode import decode_sharded
 from apb_jax.attention.inputs import CachedLayer, KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, bucket
-from apb_jax.attention.method import AttentionMethod, Capabilities
+from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.attention.ring import ring_order
 from apb_jax.errors import UserError
 from pallas_kernels.flash_attention import RowSegment
@@ -50,13 +51,22 @@ class Spava(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("anchor_tokens", "passing_tokens"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be at least 1")
         if self.pool < 1 or self.pool % 2 == 0:
             raise UserError(f"pool is {self.pool}; it must be an odd number of rows (the paper's code: 5)")
 
-    def why_not(self, prompts: list[Prompt], shards: int) -> str | None:
+    @classmethod
+    def for_request(cls, setup: Setup, options: Mapping[str, Any]) -> Self:
+        """The published shares of the document, shrunk to what short blocks can give."""
+        anchor, passing = default_budgets(setup.shortest)
+        anchor = min(anchor, max(1, setup.shortest // 4))
+        block = max(1, (setup.shortest - anchor) // (2 * setup.shards))
+        return cls(**{"anchor_tokens": anchor, "passing_tokens": min(passing, block), **options})
+
+    def why_not(self, prompts: Sequence[Prompt], shards: int) -> str | None:
         for prompt in prompts:
             behind = len(prompt.document) - self.anchor_tokens
             if behind < 2 * shards:
@@ -68,11 +78,19 @@ class Spava(AttentionMethod):
             return f"passing {self.passing_tokens} tokens out of blocks of {block} is not possible"
         return None
 
-    def block_rows(self, prompts: list[Prompt], shards: int) -> int:
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        if self.passing_tokens >= self.block_rows(prompts, shards):
+            return f"passing {self.passing_tokens} tokens of every block passes all of them"
+        return None
+
+    def visible_keys(self, layout: Layout, shard: int) -> dict[str, int]:
+        return {"passing": shard * self.passing_tokens} | super().visible_keys(layout, shard)
+
+    def block_rows(self, prompts: Sequence[Prompt], shards: int) -> int:
         """Tokens of a virtual block."""
         return bucket(-(-(max(len(p.document) for p in prompts) - self.anchor_tokens) // (2 * shards)))
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         anchor, block = self.anchor_tokens, self.block_rows(prompts, shards)
         share, query = -(-anchor // shards), bucket(max(len(p.query) for p in prompts))
         index = (ring_order(shards, "zigzag")[:, :, None] * block + np.arange(block)).reshape(shards, -1)

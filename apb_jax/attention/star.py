@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.attend import Keys, attend, keys_of, project, rows_of
 from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, bucket
-from apb_jax.attention.method import AttentionMethod, Capabilities
+from apb_jax.attention.method import ONE_SHARD, AttentionMethod, Capabilities
 from apb_jax.errors import UserError
 from pallas_kernels.flash_attention import RowSegment
 
@@ -37,6 +38,7 @@ class Star(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         block, anchor = self.block_tokens, self.anchor_tokens
         if block is not None and block < 1:
             raise UserError(f"block_tokens is {block}; it must be at least 1")
@@ -49,7 +51,17 @@ class Star(AttentionMethod):
                 f"anchor_tokens {anchor} exceeds block_tokens {block}; nearest legal choice: anchor_tokens {block}"
             )
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        if self.block_tokens is None:
+            return {1: ONE_SHARD, 2: "of two blocks the first one is the whole anchor"}.get(shards)
+        blocks = -(-max(len(p.document) for p in prompts) // self.block_tokens)
+        if blocks == 1:
+            return f"one block of {self.block_tokens} tokens holds the document"
+        if blocks == 2 and self.anchor_tokens in (None, self.block_tokens):
+            return "of two blocks the first one is the whole anchor"
+        return None
+
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         lengths = np.asarray([len(p.document) for p in prompts], np.int32)
         size = -(-lengths // shards) if self.block_tokens is None else np.full_like(lengths, self.block_tokens)
         blocks = -(-lengths // size)

@@ -6,8 +6,9 @@ in place of the log-sum-exp merge. ``StarXSparse`` is what its README suggests, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import Keys
 from apb_jax.attention.decode import attend_remapped, attend_shard
-from apb_jax.attention.inputs import Cached, Kernels, LayerInputs, Shard
-from apb_jax.attention.method import Capabilities
+from apb_jax.attention.inputs import Cached, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.merge import merge_shards
+from apb_jax.attention.method import Capabilities, Setup
 from apb_jax.attention.star import Star
 from apb_jax.attention.xattention import BLOCK, attend_blocks, block_mass, check_estimator, select_blocks
 from apb_jax.errors import UserError
@@ -69,13 +71,17 @@ class StarX(Star):
         if self.stride < 1:
             raise UserError(f"stride is {self.stride}; it must be at least 1 (the repository: 16)")
 
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        """On several shards the average of their outputs is another attention, whatever the blocks."""
+        return super().equals_full(prompts, shards) if shards == 1 else None
+
     def decode(self, x: LayerInputs, cached: Cached, shard: Shard) -> Float[Array, "B M H D"]:
         q = x.rotated()[0]
         if isinstance(x.rope, StringRope):
-            out, _ = attend_remapped(x, cached, shard)
+            out, lse = attend_remapped(x, cached, shard)
         else:
             seen = (cached.document, cached.kept_tokens, cached.tail, cached.tail_offset)
-            out, _ = attend_shard(q, *seen, shard, query_tokens=cached.query_tokens)
+            out, lse = attend_shard(q, *seen, shard, query_tokens=cached.query_tokens)
         if shard.count == 1:
             return out.astype(q.dtype)
         keys = cached.document.alone()[0]
@@ -91,9 +97,8 @@ class StarX(Star):
         scored = jnp.concatenate([sigma, keys[:, :width].astype(jnp.float32)], axis=1)
         scored = _append(scored, cached.tail[0].astype(jnp.float32), cached.kept_tokens + 1)
         raw = shard_weight(q, scored, cached.rows, 1 + cached.kept_tokens + tail_rows, self.stride)
-        weight = jnp.exp(raw - jax.lax.pmax(raw, shard.axis))[:, None, :, None]
-        both = jax.lax.psum(jnp.concatenate([out * weight, weight + jnp.zeros_like(out[..., :1])], -1), shard.axis)
-        return (both[..., :-1] / both[..., -1:]).astype(q.dtype)
+        # The exact merge with another weight: one score per head stands where each row's log-sum-exp would.
+        return merge_shards(out, jnp.broadcast_to(raw[..., None], lse.shape), shard.axis).astype(q.dtype)
 
 
 def _append(
@@ -129,6 +134,17 @@ class StarXSparse(Star):
             if size is not None and size % self.sparse_block:
                 nearest = max(1, round(size / self.sparse_block)) * self.sparse_block
                 raise UserError(f"{field} is {size}; it must be a multiple of {self.sparse_block} (nearest: {nearest})")
+
+    @classmethod
+    def for_request(cls, setup: Setup, options: Mapping[str, Any]) -> Self:
+        """One block per shard, rounded up to whole sparse blocks."""
+        size = options.get("sparse_block", cls.sparse_block)
+        block = -(-setup.longest // (setup.shards * size)) * size
+        return cls(**{"block_tokens": block, **options})
+
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        """Where star is full attention and the threshold leaves out no block."""
+        return super().equals_full(prompts, shards) if self.threshold >= 1 else None
 
     def attend_block(
         self,

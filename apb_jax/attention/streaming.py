@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -15,11 +14,10 @@ from apb_jax.attention.attend import Keys, Queries, attend, keys_of, project
 from apb_jax.attention.inputs import Cached, KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, chunk_layout
 from apb_jax.attention.merge import merge_partials, merge_shards
-from apb_jax.attention.method import AttentionMethod, Capabilities
-from apb_jax.attention.remapped import remapped_attention
+from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
+from apb_jax.attention.remapped import Border, Interval, remapped_attention
 from apb_jax.attention.window import sliding_window
 from apb_jax.errors import UserError
-from apb_jax.model.config import ModelConfig
 from apb_jax.rope.base import rope_table, rotate
 from pallas_kernels.flash_attention import RowSegment
 
@@ -57,6 +55,7 @@ class Streaming(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sink_tokens < 0:
             raise UserError(f"sink_tokens is {self.sink_tokens}; it must be 0 or more")
         if self.window_tokens < 1:
@@ -65,21 +64,21 @@ class Streaming(AttentionMethod):
             raise UserError(f"generation {self.generation!r} is unknown; choose one of {', '.join(GENERATION)}")
 
     @classmethod
-    def refuse(
-        cls,
-        config: ModelConfig,
-        shards: int,
-        batch: int,
-        tp: int = 1,
-        options: Mapping[str, Any] = MappingProxyType({}),
-    ) -> str | None:
-        if options.get("generation") == "window" and config.rope.kind == "string":
+    def refuse(cls, setup: Setup, options: Mapping[str, Any]) -> str | None:
+        if options.get("generation") == "window" and setup.config.rope.kind == "string":
             return (
                 "generation 'window' moves sinks to positions of its own, which --rope string cannot remap; use 'dense'"
             )
-        return super().refuse(config, shards, batch, tp, options)
+        return super().refuse(setup, options)
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        """With window generation never: the answer may grow out of it."""
+        reach = self.sink_tokens + self.window_tokens
+        if self.generation == "dense" and max(len(p.document) for p in prompts) <= reach:
+            return f"sinks and window, {reach} tokens together, hold the whole document"
+        return None
+
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         return chunk_layout(prompts, np.arange(shards)[:, None])
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:
@@ -102,9 +101,8 @@ class Streaming(AttentionMethod):
 
         def part(query: Array, kv: tuple[Array, Array], first: Array, end: Array) -> tuple[Array, Array]:
             place = jnp.zeros(kv[0].shape[:3], jnp.int32)
-            return remapped_attention(
-                query, query, *kv, jnp.zeros_like(first), place, first, end, offset=1, border_twice=False
-            )
+            seen = Interval(first, end)
+            return remapped_attention(query, query, *kv, jnp.zeros_like(first), place, seen, Border(offset=1))
 
         parts = [
             part(at_slot, document, jnp.zeros_like(oldest), jnp.minimum(jnp.minimum(oldest, sinks), stop)),

@@ -7,10 +7,9 @@ hybrid of arXiv 2405.07719). KV heads are replicated only as far as a shard's qu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +19,9 @@ from jaxtyping import Array, Float
 from apb_jax.attention.attend import Keys, Queries, project
 from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, chunk_layout
-from apb_jax.attention.method import AttentionMethod, Capabilities
+from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.attention.ring import RingAxis, ring_attention, ring_order
 from apb_jax.errors import UserError
-from apb_jax.model.config import ModelConfig
 
 
 def ring_shards_for(heads: int, shards: int) -> int:
@@ -56,29 +54,34 @@ class Ulysses(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ring_shards < 1:
             raise UserError(f"ring_shards is {self.ring_shards}; it must be at least 1")
 
     @classmethod
-    def refuse(
-        cls,
-        config: ModelConfig,
-        shards: int,
-        batch: int,
-        tp: int = 1,
-        options: Mapping[str, Any] = MappingProxyType({}),
-    ) -> str | None:
-        ring, heads = options.get("ring_shards"), config.num_heads // tp
-        if ring is not None and (shards % ring or heads % (shards // ring)):
+    def refuse(cls, setup: Setup, options: Mapping[str, Any]) -> str | None:
+        ring, heads, shards = options.get("ring_shards"), setup.config.num_heads // setup.tp, setup.shards
+        if ring is not None and (ring < 1 or shards % ring or heads % (shards // ring)):
             legal = [r for r in range(1, shards + 1) if shards % r == 0 and heads % (shards // r) == 0]
             nearest = min(legal, key=lambda r: (abs(r - ring), r))
             return (
                 f"ring_shards {ring} of {shards} shards leaves groups that {heads} query heads cannot be split over; "
                 f"nearest legal choice: ring_shards {nearest}"
             )
-        return super().refuse(config, shards, batch, tp, options)
+        least = ring_shards_for(heads, shards)
+        if setup.virtual and (least if ring is None else ring) > 1:
+            return (
+                f"ulysses on {shards} shards exchanges heads within groups of devices, which virtual shards lack; "
+                f"nearest legal choice: {'ring_shards 1' if least == 1 else '--method ring'}"
+            )
+        return super().refuse(setup, options)
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    @classmethod
+    def for_request(cls, setup: Setup, options: Mapping[str, Any]) -> Self:
+        """Pure where the heads allow it, else the smallest ring."""
+        return cls(**{"ring_shards": ring_shards_for(setup.config.num_heads // setup.tp, setup.shards), **options})
+
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         group = shards // self.ring_shards
         if self.ring_shards == 1:
             return chunk_layout(prompts, np.arange(shards)[:, None])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,14 @@ from apb_jax.attention.attend import Keys
 from apb_jax.attention.full import gather_document
 from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, chunk_layout
-from apb_jax.attention.method import AttentionMethod, Capabilities
+from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.errors import UserError
 from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
 
 BLOCK = 128
 STRIDES = (4, 8, 16)
+PUBLISHED = (("llama3.1-8b", 8), ("llama3.1-8b", 16))
+"""Model and stride of the published thresholds."""
 BLOCKS_AT_ONCE = 4
 """Query blocks whose estimates are in memory at a time."""
 
@@ -148,7 +151,21 @@ class XAttention(AttentionMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_estimator(self.stride, self.threshold, self.block_tokens)
+
+    @classmethod
+    def for_request(cls, setup: Setup, options: Mapping[str, Any]) -> Self:
+        """Published thresholds where the model has some for the stride, the paper's 0.9 elsewhere."""
+        published = (setup.model, options.get("stride", cls.stride)) in PUBLISHED
+        return cls(**{**({"threshold": setup.model} if published else {}), **options})
+
+    def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
+        if not isinstance(self.threshold, str) and self.threshold >= 1:
+            return f"threshold {self.threshold} leaves out no block"
+        if max(len(p.document) for p in prompts) <= 2 * self.block_tokens:
+            return f"the document has two blocks of {self.block_tokens} tokens, its first and its own, always seen"
+        return None
 
     def thresholds(self, x: LayerInputs) -> Float[Array, " H"]:
         """Of this layer's local heads."""
@@ -159,7 +176,7 @@ class XAttention(AttentionMethod):
             return jax.lax.dynamic_slice_in_dim(row, start, heads)
         return jnp.full((heads,), self.threshold, jnp.float32)
 
-    def layout(self, prompts: list[Prompt], shards: int) -> Layout:
+    def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:
         return chunk_layout(prompts, np.arange(shards)[:, None], multiple=self.block_tokens)
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:

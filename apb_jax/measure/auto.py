@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from apb_jax.attention.method import Setup
 from apb_jax.attention.registry import METHODS
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
@@ -80,9 +81,11 @@ def decide(
     times: dict[tuple[str, int], float] = {}
     for method, count in calibration.candidates():
         seconds = calibration.predict(method, count, tokens)
-        if count <= devices and seconds is not None and METHODS[method][0].refuse(config, count, 1) is None:
+        # What was measured had the heads that it needs.
+        setup = Setup(config, model="", shards=count, devices=count, has_heads=True)
+        if count <= devices and seconds is not None and METHODS[method].refuse(setup, {}) is None:
             times[method, count] = seconds
-    exact = {key: s for key, s in times.items() if METHODS[key[0]][0].can.exact}
+    exact = {key: s for key, s in times.items() if METHODS[key[0]].can.exact}
     if not exact:
         raise UserError(
             f"no exact method was measured on {devices} or fewer devices here; "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 
-from apb_jax.attention.registry import METHODS, MethodSpec
+from apb_jax.attention.registry import MethodSpec
 from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.mesh import make_mesh
@@ -25,7 +25,7 @@ class Beside:
     def of(self, spec: MethodSpec) -> Engine:
         """Raises UserError where the method cannot serve the model or mesh."""
         first = self.first
-        if METHODS[spec.name][0].can.max_shards != 1 or first.shards == 1:
+        if spec.can.max_shards != 1 or first.shards == 1:
             return first.with_method(spec)
         if jax.process_count() > 1:
             raise UserError(

@@ -97,7 +97,7 @@ def method_of(name: str, tokens: int, shards: int, given: Budget | None) -> apb_
 
 def shards_of(name: str, shards: int) -> int:
     """Shards that a row of the table runs on: one where the method (or full attention) knows no more."""
-    return shards if name in APB_FORMS or (name != "full" and REGISTRY[name][0].can.max_shards != 1) else 1
+    return shards if name in APB_FORMS or (name != "full" and REGISTRY[name].can.max_shards != 1) else 1
 
 
 def make_engine(model: Any, shards: int) -> apb_jax.Engine:

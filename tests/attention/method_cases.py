@@ -23,7 +23,7 @@ DOCUMENT, QUERY = ids(1, 251), ids(2, 9)  # a prime length: no shard count divid
 
 def method(name: str, **options: Any) -> AttentionMethod:
     """A registered method with these fields."""
-    return METHODS[name][0](**options)
+    return METHODS[name](**options)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from attention.method_cases import (
     CASES,
@@ -21,8 +22,10 @@ from attention.method_cases import (
 from helpers import DATA, ids
 
 import apb_jax
+from apb_jax.attention.inputs import Prompt
+from apb_jax.attention.method import Setup
 from apb_jax.attention.minference import read_patterns
-from apb_jax.attention.registry import METHODS
+from apb_jax.attention.registry import METHODS, resolve
 from apb_jax.attention.ring import ring_order
 from apb_jax.attention.ulysses import kv_slots, ring_shards_for
 from apb_jax.errors import UserError
@@ -48,7 +51,7 @@ def test_every_method_has_a_row() -> None:
     """APB has a file of its own."""
     assert set(CASES) | {"apb"} == set(METHODS)
     for name, row in CASES.items():
-        can = METHODS[name][0].can
+        can = METHODS[name].can
         assert can.exact == (row.inexact is None)
         assert can.max_shards != 1 or {sp for sp, _ in row.exact} == {1}
 
@@ -215,10 +218,130 @@ def test_string_is_refused_where_it_does_not_compose(name: str) -> None:
         apb_jax.Engine(string_model(40, 8, 1.0), apb_jax.MethodSpec(name), apb_jax.make_mesh(sp=1))
 
 
-def test_hybrid_ulysses_is_refused_on_virtual_shards() -> None:
-    engine = apb_jax.Engine(model(), "ulysses", apb_jax.make_mesh(sp=1), virtual_shards=8)
-    with pytest.raises(UserError, match="nearest legal choice: --method ring"):
-        engine.prefill([engine.prompt(DOCUMENT, QUERY)])
+@pytest.mark.parametrize(
+    ("options", "shards", "nearest"),
+    [({}, 8, "--method ring"), ({"ring_shards": 2}, 8, "--method ring"), ({"ring_shards": 2}, 4, "ring_shards 1")],
+)
+def test_hybrid_ulysses_is_refused_on_virtual_shards(options: dict[str, Any], shards: int, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"which virtual shards lack; nearest legal choice: {nearest}"):
+        apb_jax.Engine(model(), apb_jax.MethodSpec("ulysses", options), apb_jax.make_mesh(sp=1), virtual_shards=shards)
+
+
+def test_one_shard_methods_on_virtual_shards_name_the_flag_to_change() -> None:
+    with pytest.raises(UserError, match="runs on one shard, here are 4; nearest legal choice: --virtual-shards 1"):
+        apb_jax.Engine(model(), "infllm", apb_jax.make_mesh(sp=1), virtual_shards=4)
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def test_equals_full_is_said_where_the_limits_are() -> None:
+    """The cases' exact limits and nothing else; that they are full attention is ``test_exact_limit``."""
+    prompt = Prompt(*(np.asarray(a, np.int32) for a in (DOCUMENT, QUERY, QUERY)))
+    for name, row in CASES.items():
+        for sp, fields in row.exact:
+            said = method(name, **fields).equals_full([prompt], sp)
+            # A window that the answer may outgrow holds the document for now only.
+            silent = METHODS[name].can.exact or "generation" in fields
+            assert (said is None) == silent, (name, fields, said)
+        if row.inexact:
+            sp, fields = row.inexact
+            assert method(name, **fields).equals_full([prompt], sp) is None, name
+
+
+def test_a_method_that_is_full_attention_says_so_in_the_answer() -> None:
+    """Whoever asks: by name on one shard, or as an object whose budget holds the document."""
+    got = answer("apb", 1)
+    assert got.notes == (
+        "apb is plain full attention here: one shard; --virtual-shards 8 splits the document on one device",
+    )
+    got = answer(method("streaming", sink_tokens=0, window_tokens=256), 1)
+    assert got.notes == (
+        "streaming is plain full attention here: sinks and window, 256 tokens together, hold the whole document",
+    )
+    assert answer("ring", 1).notes == ()
+
+
+def setup(shards: int = 4, tokens: int = 8192, **facts: Any) -> Setup:
+    prompt = Prompt(*(np.arange(n, dtype=np.int32) for n in (tokens, 20, 12)))
+    facts = {"model": "random", "has_heads": True, "query_at": 3, **facts}
+    return Setup(model().config, shards=shards, devices=shards, prompts=(prompt,), **facts)
+
+
+CHOSEN = [
+    # name, options, facts of the setup, fields decided
+    ("apb", {}, {}, {"anchor_tokens": 256, "passing_tokens": 256, "query_at": 3, "scorer": "heads"}),
+    ("apb", {}, {"model": "tiny", "shards": 8}, {"anchor_tokens": 256, "passing_tokens": 128}),
+    ("apb", {"anchor_tokens": 64, "pool": 3}, {}, {"anchor_tokens": 64, "passing_tokens": 256, "pool": 3}),
+    ("apb", {"query_at": None, "scorer": None}, {"has_heads": False}, {"query_at": 3, "scorer": "query"}),
+    ("apb", {}, {"tokens": 400}, {"anchor_tokens": 50, "passing_tokens": 50}),  # blocks of 100 tokens
+    ("ulysses", {}, {"shards": 8}, {"ring_shards": 2}),
+    ("ulysses", {"ring_shards": 4}, {"shards": 8}, {"ring_shards": 4}),
+    ("starx_sparse", {}, {}, {"block_tokens": 2048}),
+    ("starx_sparse", {"sparse_block": 48}, {}, {"block_tokens": 2064, "sparse_block": 48}),
+    ("spava", {}, {"tokens": 16384}, {"anchor_tokens": 256, "passing_tokens": 128}),
+    ("spava", {}, {"tokens": 400}, {"anchor_tokens": 100, "passing_tokens": 37}),
+    ("minference", {}, {"model": "llama3.1-8b", "shards": 1}, {"vertical": 512, "slash": 2048}),
+    ("minference", {"slash": 99}, {"model": "tiny", "shards": 1}, {"vertical": 64, "slash": 99}),
+    ("xattention", {}, {"model": "llama3.1-8b"}, {"threshold": "llama3.1-8b", "stride": 8}),
+    ("xattention", {"stride": 4}, {"model": "llama3.1-8b"}, {"threshold": 0.9}),
+    ("streaming", {}, {"model": "tiny", "shards": 1}, {"sink_tokens": 64, "window_tokens": 256}),
+    ("star", {"block_tokens": 64}, {"tokens": 8192}, {"block_tokens": 64, "anchor_tokens": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "facts", "fields"), CHOSEN, ids=name_of)
+def test_hyper_parameters_are_decided(
+    name: str, options: dict[str, Any], facts: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    """As given, else the model's own, else the method's by length, shards and heads."""
+    chosen, _ = resolve(apb_jax.MethodSpec(name, options), setup(**facts))
+    assert chosen.name == name
+    assert {field: getattr(chosen, field) for field in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        ("streaming", {"window_tokens": "abc"}, "window_tokens is 'abc'; it must be a whole number"),
+        ("streaming", {"window_tokens": 512.5}, "window_tokens is 512.5; it must be a whole number"),
+        ("streaming", {"window_tokens": True}, "window_tokens is True; it must be a whole number"),
+        ("streaming", {"generation": 5}, "generation is 5; it must be a word"),
+        ("apb", {"pool": "five"}, "pool is 'five'; it must be a whole number"),
+        ("apb", {"shared_anchor": 1}, "shared_anchor is 1; it must be true or false"),
+        ("apb", {"query_at": "start"}, "query_at is 'start'; it must be a whole number or none"),
+        ("xattention", {"threshold": [0.9]}, r"threshold is \[0.9\]; it must be a number or a word"),
+        ("full", {"name": 5}, "method 'full' has no option 'name'; it takes no options"),
+        ("star", {"can": 5}, "method 'star' has no option 'can'; it takes block_tokens, anchor_tokens"),
+    ],
+)
+def test_options_have_the_types_of_the_fields(name: str, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        apb_jax.MethodSpec(name, options)
+    if not options.keys() & {"name", "can"}:
+        with pytest.raises(UserError, match=why):
+            method(name, **({"anchor_tokens": 8, "passing_tokens": 8} if name == "apb" else {}) | options)
+
+
+def test_numbers_of_numpy_and_whole_numbers_where_fractions_go_are_taken() -> None:
+    assert method("minference", vertical=np.int32(8), ratio=1).ratio == 1
+    assert apb_jax.MethodSpec("xattention", {"threshold": 1, "stride": None}).given == {"threshold": 1}
+
+
+def test_keys_of_the_picture() -> None:
+    prompt = Prompt(*(np.arange(n, dtype=np.int32) for n in (256, 9, 9)))
+    shown = {
+        ("full", ()): [{"earlier": 0, "block": 64}, {"earlier": 192, "block": 64}],
+        ("star", ()): [{"block": 64}, {"anchor": 64, "block": 64}],
+        # The anchor's rows are shared out over the shards, its keys are not.
+        ("apb", (("anchor_tokens", 24), ("passing_tokens", 16), ("shared_anchor", True))): [
+            {"passing": 0, "block": 64}, {"passing": 48, "anchor": 24, "block": 64},
+        ],
+    }  # fmt: skip
+    for (name, fields), wanted in shown.items():
+        chosen = method(name, **dict(fields))
+        layout = chosen.layout([prompt], 4)
+        assert [chosen.visible_keys(layout, shard) for shard in (0, 3)] == wanted
 
 
 # ---- MInference's pattern files --------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from apb_jax.programs import Lengths
 TOLERANCE = 1e-3  # absolute, float32; the recordings' README
 CASES = golden_cases("star")
 pytestmark = pytest.mark.skipif(not CASES, reason=f"no star_* recordings in {GOLDEN}; set APB_GOLDEN")
-STAR = METHODS["star"][0]
+STAR = METHODS["star"]
 
 
 def close(actual: Any, expected: np.ndarray, what: str) -> None:

@@ -21,7 +21,7 @@ from apb_jax.mesh import SP, make_mesh
 from apb_jax.rope.base import DefaultRope, rope_table
 from apb_jax.virtual import on_one_device
 
-DEFINED = [name for name in CASES if METHODS[name][0].can.true_positions]
+DEFINED = [name for name in CASES if METHODS[name].can.true_positions]
 
 
 def recovered(chosen: AttentionMethod, sp: int) -> np.ndarray | None:
