@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -121,7 +121,7 @@ def extend(
 
     return model.run_layers(
         model.embed(new.tokens), positions, attend, tail,
-        start=jnp.int32(0), tp_axis=programs.tp_axis, slices=programs.slices, in_place=True,
+        start=0, where=replace(programs.where, slices=programs.slices, in_place=True),
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def query(
         x, tail = extend(programs, plan.rule, weights, new, lengths, cache, tail)
         if not plan.with_logits:
             x = jnp.take_along_axis(x, (asked - 1)[:, None, None], axis=1)
-        return programs.model(weights).logits(x, programs.tp_axis, programs.slices), tail
+        return programs.model(weights).logits(x, replace(programs.where, slices=programs.slices)), tail
 
     caches, tails = DocumentCache.specs(), TailCache.specs()
     make = lambda: programs.traced(  # noqa: E731
@@ -173,7 +173,7 @@ def decode(
             slot = lengths.query_tokens + state.made - 1
             new = TailRows(state.token[:, None], slot, jnp.ones_like(slot))
             x, tail = extend(programs, plan.rule, weights, new, lengths, cache, state.tail)
-            logits = programs.model(weights).logits(x, programs.tp_axis, programs.slices)[:, 0]
+            logits = programs.model(weights).logits(x, replace(programs.where, slices=programs.slices))[:, 0]
             key, use = jax.random.split(jax.random.wrap_key_data(state.key))
             token = greedy(logits) if plan.greedy else draw(logits, use, asked.temperature, asked.top_p)
             done = state.done | jnp.any(token[:, None] == asked.stop[None], axis=1)

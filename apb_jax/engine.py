@@ -19,7 +19,7 @@ from apb_jax.errors import UserError
 from apb_jax.generation import Answer
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
-from apb_jax.model.transformer import partition_specs
+from apb_jax.model.weights import partition_specs
 from apb_jax.prefill import PrefillRows, run
 from apb_jax.presets import TEMPLATES, template_of
 from apb_jax.programs import Lengths, Programs

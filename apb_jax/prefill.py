@@ -65,7 +65,7 @@ def layers_program(programs: Programs, method: AttentionMethod, count: int) -> A
 
         model = programs.model(weights)
         x, cache = model.run_layers(
-            state.x, rows.positions, attend, state.cache, start=start, count=count, tp_axis=programs.tp_axis
+            state.x, rows.positions, attend, state.cache, start=start, count=count, where=programs.where
         )
         return PrefillState(x, cache)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from apb_jax.model.config import ModelConfig
-from apb_jax.rope.base import DefaultRope, Llama3Rope
+from apb_jax.rope.default import DefaultRope
+from apb_jax.rope.llama3 import Llama3Rope
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from apb_jax.attention.inputs import Kernels, Shard
 from apb_jax.attention.layout import Layout
 from apb_jax.mesh import SP, TP
 from apb_jax.model.config import ModelConfig
+from apb_jax.model.layers import Where
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import Transformer
 from apb_jax.virtual import on_one_device
@@ -106,6 +107,11 @@ class Programs:
     @property
     def tp_axis(self) -> str | None:
         return TP if self.mesh.shape[TP] > 1 else None
+
+    @property
+    def where(self) -> Where:
+        """Where the weights are while every device reads all of its own."""
+        return Where(self.tp_axis)
 
     def model(self, state: nnx.State) -> Transformer:
         """The transformer around the local weights."""

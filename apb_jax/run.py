@@ -50,7 +50,7 @@ def sequence_devices(config: RunConfig, default: int) -> int:
 
 def load_model(config: RunConfig) -> LoadedModel:
     """The model of the command line, under STRING where asked for; no weights are read yet."""
-    from apb_jax.rope.string import with_string
+    from apb_jax.model.config import with_string
     from apb_jax.weights.checkpoint import load
 
     fold = True if config.fold_heads else None  # None: as the folder has them

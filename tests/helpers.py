@@ -13,7 +13,7 @@ import numpy as np
 
 from apb_jax.measure.traffic import COLLECTIVES, equations
 from apb_jax.model.config import ModelConfig
-from apb_jax.rope.base import DefaultRope
+from apb_jax.rope.default import DefaultRope
 from apb_jax.weights.checkpoint import LoadedModel, RandomWeights
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from apb_jax.model.config import ModelConfig
-from apb_jax.rope.base import DefaultRope
+from apb_jax.model.config import LayerSpec, ModelConfig
+from apb_jax.model.families import FAMILIES
+from apb_jax.rope.default import DefaultRope
 from apb_jax.weights.mapping import RETAINING_HEADS, Rule, rules_for, sizes_of
 
 RETAINING_HIDDEN = 8
@@ -31,7 +32,8 @@ def tiny_config(family: str = "llama", **changes: Any) -> ModelConfig:
         "rope": DefaultRope(10000.0),
         "rms_norm_eps": 1e-5,
         "max_positions": 256,
-        "qkv_bias": family == "qwen2",
+        "qkv_bias": FAMILIES[family].qkv_bias,
+        "layers": (LayerSpec(qk_norm=FAMILIES[family].qk_norm),),
     }
     return ModelConfig(**(settings | changes))
 

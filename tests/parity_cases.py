@@ -1,7 +1,7 @@
 """Tiny models of every family and rope kind, configured as their published checkpoints are; weights from a seed.
 
-``python tests/parity_cases.py`` (needs torch) records the logits of transformers into ``recorded/``, for machines
-without torch.
+``python tests/parity_cases.py [NAME ...]`` (needs torch) records the logits of transformers into ``recorded/``, for
+machines without torch.
 """
 
 from __future__ import annotations
@@ -92,6 +92,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "head_dim": 16,
     },
+    "qwen3": _SHARED
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": 16,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 3,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
+    "llama-linear": _SHARED
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": 128,
+        "rope_scaling": {"factor": 2.5, "type": "linear"},
+    },
 }
 """config.json by name, in the notation of the published files (``rope_theta`` and ``rope_scaling``)."""
 
@@ -132,13 +154,13 @@ def transformers_logits(folder: Path, name: str) -> list[np.ndarray]:
         return [model(torch.from_numpy(ids).long()).logits.numpy() for ids in prompts(name)]
 
 
-def record(work: Path) -> None:
-    """Write ``recorded/<name>.npz`` for every case."""
+def record(work: Path, names: list[str]) -> None:
+    """Write ``recorded/<name>.npz`` for these cases."""
     import torch
     import transformers
 
     RECORDED.mkdir(exist_ok=True)
-    for name in FAMILIES:
+    for name in names or FAMILIES:
         folder = write_model(name, work / name)
         logits = transformers_logits(folder, name)
         np.savez_compressed(
@@ -150,7 +172,8 @@ def record(work: Path) -> None:
 
 
 if __name__ == "__main__":
+    import sys
     import tempfile
 
     with tempfile.TemporaryDirectory() as work:
-        record(Path(work))
+        record(Path(work), sys.argv[1:])

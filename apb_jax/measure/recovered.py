@@ -107,7 +107,7 @@ def recovered_mass(session: Session) -> RecoveredMass | None:
 
         heads = config.num_heads // engine.mesh.shape[TP]
         shares = jnp.zeros((config.num_layers, sampled.shape[0], heads, sampled.shape[1]), jnp.float32)
-        return model.run_layers(model.embed(tokens), inputs.positions, attend, shares, tp_axis=programs.tp_axis)[1]
+        return model.run_layers(model.embed(tokens), inputs.positions, attend, shares, where=programs.where)[1]
 
     local = P(None, SP)
     specs = PrefillRows(local, P())  # type: ignore[arg-type]

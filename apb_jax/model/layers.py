@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,42 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.inputs import LayerInputs
-from apb_jax.model.config import ModelConfig
+from apb_jax.model.config import LayerSpec, ModelConfig
 from apb_jax.model.heads import FoldedRetainingHead, RetainingHead
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.stacked import StackedMatrix, multiply
+from apb_jax.model.weights import head_facts, weights_of
+from apb_jax.rope.base import Rope
 
 Attend = Callable[[LayerInputs, Any], tuple[Float[Array, "B S H D"], Any]]
 """(inputs, carry) -> (attention output before o_proj, carry): the carry holds the KV cache."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """How the weights lie on the mesh and are read there."""
+
+    tp_axis: str | None = None
+    """The mesh axis that heads and FFN columns are split over."""
+    slices: WeightSlices | None = None
+    """Each device of their axis reads its part of every matrix only (see ``model/slices.py``)."""
+    in_place: bool = False
+    """Matrices are multiplied where they lie in their stacks, where the rows are few."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes over which a layer's two products are summed."""
+        return tuple(axis for axis in (self.slices.axis if self.slices else None, self.tp_axis) if axis)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a call stand, and how layers of one kind rotate them."""
+
+    positions: Int[Array, "B S"]
+    cos: Float[Array, "B S Dhalf"]
+    sin: Float[Array, "B S Dhalf"]
+    rope: Rope
 
 
 def rms_norm(x: Float[Array, "*rows E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "*rows E"]:
@@ -44,7 +74,12 @@ def project_all(
 
 
 class DecoderLayers(nnx.Module):
-    """All decoder layers, each weight stacked on a leading layer axis; matrices are input-major ([L, in, out])."""
+    """All decoder layers, each weight of the table stacked on a leading layer axis; matrices are [L, in, out]."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> nnx.Param:
+            """A weight of the table."""
 
     def __init__(
         self,
@@ -55,30 +90,12 @@ class DecoderLayers(nnx.Module):
         rngs: nnx.Rngs,
         folded_heads: bool = False,
     ) -> None:
-        n, e, f = config.num_layers, config.hidden_size, config.intermediate_size
-        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-
-        def matrix(rows: int, columns: int) -> nnx.Param:
-            scale = jnp.asarray(rows**-0.5, dtype)
-            return nnx.Param(jax.random.normal(rngs.params(), (n, rows, columns), dtype) * scale)
-
         self.config = config
-        self.attention_norm = nnx.Param(jnp.ones((n, e), dtype))
-        self.q, self.k, self.v, self.o = matrix(e, q), matrix(e, kv), matrix(e, kv), matrix(q, e)
-        if config.qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros((n, q), dtype))
-            self.k_bias = nnx.Param(jnp.zeros((n, kv), dtype))
-            self.v_bias = nnx.Param(jnp.zeros((n, kv), dtype))
-        self.mlp_norm = nnx.Param(jnp.ones((n, e), dtype))
-        self.gate, self.up, self.down = matrix(e, f), matrix(e, f), matrix(f, e)
-        if retaining_hidden and folded_heads:
-            self.fc1_folded = matrix(e, retaining_hidden)
-            if config.qkv_bias:
-                self.fc1_bias = nnx.Param(jnp.zeros((n, retaining_hidden), dtype))
-        elif retaining_hidden:
-            self.fc1_q, self.fc1_k, self.fc1_v = (matrix(w, retaining_hidden) for w in (q, kv, kv))
-        if retaining_hidden:
-            self.fc2 = matrix(retaining_hidden, config.num_kv_heads)
+        sizes = config.sizes(retaining_hidden)
+        for weight in weights_of(config.facts | head_facts(retaining_hidden, folded_heads)):
+            if weight.stacked:
+                shape = (config.num_layers, *weight.shape(sizes))
+                setattr(self, weight.name, nnx.Param(weight.initial(shape, rngs.params, dtype)))
 
     def retaining_head(self, h: Float[Array, "B S E"]) -> RetainingHead | FoldedRetainingHead | None:
         """The heads of this module's layer slice (None: the model has none); ``h``: what q, k, v are made from."""
@@ -93,20 +110,18 @@ class DecoderLayers(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S E"],
-        cos: Float[Array, "B S Dhalf"],
-        sin: Float[Array, "B S Dhalf"],
-        positions: Int[Array, "B S"],
+        rows: Rows,
         layer: Int[Array, ""],
+        spec: LayerSpec,
         attend: Attend,
         carry: Any,
-        tp_axis: str | None,
-        slices: WeightSlices | None = None,
+        where: Where,
     ) -> tuple[Float[Array, "B S E"], Any]:
-        """One layer on a module whose weights were sliced to that layer; two ``psum`` over ``tp_axis`` if given.
+        """Layer number ``layer``, which is ``spec``, on a module whose weights were sliced to that layer.
 
-        With ``slices`` each device of their axis multiplies its part of every matrix (see ``model/slices.py``).
+        Two ``psum`` over the axes of ``where``.
         """
-        axes = tuple(axis for axis in (slices.axis if slices else None, tp_axis) if axis)
+        slices, axes, eps = where.slices, where.axes, self.config.rms_norm_eps
 
         def heads(y: Float[Array, "B S O"]) -> Float[Array, "B S heads D"]:
             return y.reshape(*y.shape[:2], -1, self.config.head_dim)
@@ -115,23 +130,25 @@ class DecoderLayers(nnx.Module):
             return jax.lax.psum(y, axes) if axes else y
 
         with jax.named_scope("qkv"):
-            h = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
+            h = rms_norm(x, self.attention_norm[...], eps)
             q, k, v = project_all(h, (self.q, self.k, self.v), slices)
             q, k, v = slices.whole([q, k, v]) if slices else (q, k, v)
             if self.config.qkv_bias:
                 q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+            q, k, v = heads(q), heads(k), heads(v)
+            if spec.qk_norm:
+                q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
         with jax.named_scope("attention"):
             inputs = LayerInputs(
-                heads(q), heads(k), heads(v), cos, sin, layer, self.retaining_head(h), positions, self.config.rope,
-                tp_axis,
-            )  # fmt: skip
+                q, k, v, rows.cos, rows.sin, layer, self.retaining_head(h), rows.positions, rows.rope, where.tp_axis
+            )
             out, carry = attend(inputs, carry)
         with jax.named_scope("o_proj"):
             flat = out.reshape(*out.shape[:2], -1)
             flat = slices.part(flat, 2) if slices else flat
             x = x + reduce(*project_all(flat, (self.o,), slices, rows=True))
         with jax.named_scope("mlp"):
-            h = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
+            h = rms_norm(x, self.mlp_norm[...], eps)
             gate, up = project_all(h, (self.gate, self.up), slices)
             x = x + reduce(*project_all(jax.nn.silu(gate) * up, (self.down,), slices, rows=True))
         return x, carry

@@ -16,6 +16,10 @@ from jaxtyping import Array, Float
 
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
+from apb_jax.model.weights import weights_of
+
+WIDTHS = {"QD": "query columns", "KD": "KV columns", "M": "FFN columns", "V": "vocabulary entries"}
+"""The table's letters in words."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,17 @@ class WeightSlices:
     @staticmethod
     def why_not(config: ModelConfig, count: int, tp: int = 1) -> str | None:
         """Which of the model's widths ``count`` devices cannot share evenly; None where they can."""
+        sizes = config.sizes()
         widths = {
-            "query columns": config.num_heads * config.head_dim,
-            "KV columns": config.num_kv_heads * config.head_dim,
-            "FFN columns": config.intermediate_size,
-            "vocabulary entries": config.vocab_size * (tp if config.tie_embeddings else 1),  # tied: not split over tp
+            weight.split: sizes[weight.split] // tp
+            for weight in weights_of(config.facts)
+            if weight.split and weight.kind in ("matrix", "head")
         }
-        for name, width in widths.items():
-            if width // tp % count:
-                return f"{count} devices do not divide the {width // tp} {name}"
+        if config.tie_embeddings:
+            widths["V"] = sizes["V"]  # the embedding is the head, and is not split over tp
+        for letter, width in widths.items():
+            if width % count:
+                return f"{count} devices do not divide the {width} {WIDTHS[letter]}"
         return None
 
     @classmethod

@@ -10,9 +10,9 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from apb_jax.model.slices import WeightSlices
+from apb_jax.model.weights import MATRICES
 from pallas_kernels.skinny_matmul import skinny_matmul
 
-MATRICES = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 FEW_ROWS = 64
 """Rows up to which reading the matrices outweighs multiplying with them."""
 
@@ -27,7 +27,7 @@ class StackedMatrix:
 
 
 def one_layer(layer: Int[Array, ""], in_place: bool, path: tuple[Any, ...], weight: Array) -> Array | StackedMatrix:
-    """The ``layer``-th of a stacked weight; ``in_place``: a matrix of ``MATRICES`` stays in its stack."""
+    """The ``layer``-th of a stacked weight; ``in_place``: a projection stays in its stack."""
     if in_place and path[0].key in MATRICES:
         return StackedMatrix(weight, layer)
     return jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)

@@ -7,13 +7,12 @@ the small distances that training saw often. Only the query's rotation changes: 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from apb_jax.errors import UserError
-from apb_jax.model.config import ModelConfig
 from apb_jax.rope.base import Rope
 
 
@@ -61,11 +60,3 @@ class StringRope(Rope):
     def to_hf(self) -> dict[str, Any]:
         """The base's settings: STRING is a way to run a checkpoint, not part of it."""
         return self.base.to_hf()
-
-
-def with_string(config: ModelConfig, offset: float = 0.33, local: int = 128, length: int | None = None) -> ModelConfig:
-    """``config`` under STRING. ``offset``: tokens, or below 1 a share of ``length`` (default: all positions)."""
-    if offset <= 0:
-        raise UserError(f"--string-offset is {offset}; it must be a share between 0 and 1, or tokens (the paper: 0.33)")
-    tokens = int(offset * (length or config.max_positions)) if offset < 1 else int(offset)
-    return replace(config, rope=StringRope(config.rope.theta, base=config.rope, offset=tokens, local=local))

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from apb_jax.attention.inputs import LayerInputs
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.transformer import Transformer
-from apb_jax.rope.base import DefaultRope
+from apb_jax.rope.default import DefaultRope
 from apb_jax.tiny.tokenizer import BOS_ID, EOS_ID
 
 CONFIG = ModelConfig(

@@ -16,8 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.transformer import Transformer, partition_specs
-from apb_jax.weights.folding import fold
+from apb_jax.model.transformer import Transformer
+from apb_jax.model.weights import partition_specs
+from apb_jax.weights.folding import fold, why_not
 from apb_jax.weights.hf_folder import HEADS_FILE, read_config, read_entries
 from apb_jax.weights.locate import Located, cached_heads, is_orbax, locate, locate_heads
 from apb_jax.weights.manifest import check_sizes, read_manifest
@@ -26,6 +27,7 @@ from apb_jax.weights.orbax_folder import check_parameters, restore
 from apb_jax.weights.retaining_heads import check_heads, read_heads, split_heads
 from apb_jax.weights.safetensors_header import TensorEntry
 from apb_jax.weights.stream import Progress, stream
+from apb_jax.weights.tied import without_equal_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,6 +165,8 @@ class HFFolder:
         head_entries = read_heads(heads) if heads else own_heads
         hidden = check_heads(head_entries, config) if head_entries else None
         entries |= head_entries
+        if config.tie_embeddings:
+            entries = without_equal_head(entries)
         check(
             entries,
             rules_for(config, hidden),
@@ -283,6 +287,8 @@ def load(
         _check_preset(located.name, located.preset.config, config, folder)
     if fold_heads and hidden is None:
         raise UserError(f"{located.name} has no retaining heads to fold; give heads=FILE")
+    if fold_heads and (reason := why_not(config)):
+        raise UserError(f"retaining heads of {located.name} cannot be folded: {reason}; leave fold_heads out")
     stored = isinstance(source, OrbaxFolder) and source.folded
     return LoadedModel(
         name=located.name,

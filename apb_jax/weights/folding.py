@@ -13,8 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-FOLDED = ("layers.fc1_folded", "layers.fc1_bias")
-UNFOLDED = ("layers.fc1_q", "layers.fc1_k", "layers.fc1_v")
+from apb_jax.model.config import ModelConfig
+from apb_jax.model.weights import WEIGHTS
+
+FOLDED = tuple(weight.path for weight in WEIGHTS if "folded" in weight.needs)
+
+
+def why_not(config: ModelConfig) -> str | None:
+    """Why retaining heads of this model cannot be folded; None where they can."""
+    if "qk_norm" in config.facts:
+        return (
+            "its q and k are normalised between the projections and the heads, so that the two matrices have no "
+            "common product"
+        )
+    return None
 
 
 def fold(

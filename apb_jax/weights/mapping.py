@@ -1,22 +1,20 @@
-"""Which HF tensor becomes which of our parameters: a strict table per family, and the check of a checkpoint against it.
+"""Which HF tensor becomes which of our parameters, and the check of a checkpoint against that.
 
-A rule is one row: HF name, our path, the HF shape in letters, how the matrix is turned, the logical axes of our array.
-HF stores matrices output-major ``[out, in]``, one tensor per layer; ours are input-major and stacked, ``[L, in, out]``.
-
-Letters: V vocabulary, E hidden size, M feed-forward width, QD = H*D, KD = K*D, W = QD + 2 KD, F retaining width,
-K KV heads.
+A rule is a row of the table of weights (``model/weights.py``, which names the letters) seen from the HF side: HF stores
+matrices output-major ``[out, in]``, one tensor per layer; ours are input-major and stacked, ``[L, in, out]``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypeVar
 
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
+from apb_jax.model.weights import WEIGHTS, Weight, head_facts, weights_of
 
 
 class UnmappedTensor(UserError):
@@ -45,22 +43,27 @@ class WrongDtype(UserError):
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
-MESH_AXIS = {"heads": "tp", "kv_heads": "tp", "ffn": "tp", "vocab_columns": "tp"}
-"""Logical axes that tensor parallelism splits; every other logical axis is replicated."""
-
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a table. ``{layer}`` in ``hf`` marks a tensor per layer, stacked on our leading axis."""
+    """How one weight lies in HF files. ``{layer}`` in ``hf`` marks a tensor per layer, stacked on our leading axis."""
 
     hf: str
     path: str
     shape: tuple[str, ...]
-    axes: tuple[str, ...]
+    """In HF's order, letters of the table."""
     transpose: bool = False
     columns: tuple[str, ...] = ()
     part: int = 0
     """``columns`` splits the last HF axis into named widths, of which this rule takes number ``part``."""
+
+    @classmethod
+    def of(cls, weight: Weight) -> Rule:
+        """The rule of a row that HF files hold."""
+        assert weight.hf is not None
+        shape = weight.letters[::-1] if weight.transposed else weight.letters
+        shape = (*shape[:-1], "W") if weight.columns else shape
+        return cls(weight.hf, weight.path, shape, weight.transposed, weight.columns, weight.part)
 
     def __str__(self) -> str:
         shape = f"[{', '.join(self.shape)}]"
@@ -103,45 +106,11 @@ class Rule:
         return slice(start, start + sizes[self.columns[self.part]])
 
 
-def _layer(name: str) -> str:
-    return "model.layers.{layer}." + name
-
-
-DECODER = (
-    Rule("model.embed_tokens.weight", "embedding", ("V", "E"), ("vocab", "embed")),
-    Rule(_layer("input_layernorm.weight"), "layers.attention_norm", ("E",), ("layer", "embed")),
-    Rule(_layer("self_attn.q_proj.weight"), "layers.q", ("QD", "E"), ("layer", "embed", "heads"), True),
-    Rule(_layer("self_attn.k_proj.weight"), "layers.k", ("KD", "E"), ("layer", "embed", "kv_heads"), True),
-    Rule(_layer("self_attn.v_proj.weight"), "layers.v", ("KD", "E"), ("layer", "embed", "kv_heads"), True),
-    Rule(_layer("self_attn.o_proj.weight"), "layers.o", ("E", "QD"), ("layer", "heads", "embed"), True),
-    Rule(_layer("post_attention_layernorm.weight"), "layers.mlp_norm", ("E",), ("layer", "embed")),
-    Rule(_layer("mlp.gate_proj.weight"), "layers.gate", ("M", "E"), ("layer", "embed", "ffn"), True),
-    Rule(_layer("mlp.up_proj.weight"), "layers.up", ("M", "E"), ("layer", "embed", "ffn"), True),
-    Rule(_layer("mlp.down_proj.weight"), "layers.down", ("E", "M"), ("layer", "ffn", "embed"), True),
-    Rule("model.norm.weight", "norm", ("E",), ("embed",)),
-    Rule("lm_head.weight", "head", ("V", "E"), ("embed", "vocab_columns"), True),
+RULES = tuple(Rule.of(weight) for weight in WEIGHTS if weight.hf)
+"""Of every weight of every family."""
+RETAINING_HEADS = tuple(
+    Rule.of(weight) for weight in WEIGHTS if weight.hf and weight.needs & head_facts(retaining_hidden=1)
 )
-
-QKV_BIAS = (
-    Rule(_layer("self_attn.q_proj.bias"), "layers.q_bias", ("QD",), ("layer", "heads")),
-    Rule(_layer("self_attn.k_proj.bias"), "layers.k_bias", ("KD",), ("layer", "kv_heads")),
-    Rule(_layer("self_attn.v_proj.bias"), "layers.v_bias", ("KD",), ("layer", "kv_heads")),
-)
-
-_FC1 = _layer("self_attn.fc1.weight")
-_QKV = ("QD", "KD", "KD")
-RETAINING_HEADS = (
-    Rule(_FC1, "layers.fc1_q", ("F", "W"), ("layer", "heads", "retaining"), True, _QKV, 0),
-    Rule(_FC1, "layers.fc1_k", ("F", "W"), ("layer", "kv_heads", "retaining"), True, _QKV, 1),
-    Rule(_FC1, "layers.fc1_v", ("F", "W"), ("layer", "kv_heads", "retaining"), True, _QKV, 2),
-    Rule(_layer("self_attn.fc2.weight"), "layers.fc2", ("K", "F"), ("layer", "retaining", "kv_heads"), True),
-)
-
-FAMILY_RULES: dict[str, tuple[Rule, ...]] = {
-    "llama": DECODER,
-    "mistral": DECODER,
-    "qwen2": DECODER + QKV_BIAS,
-}
 
 RECOMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Buffers that old transformers releases saved; the configuration determines them, so they are not read."""
@@ -176,23 +145,13 @@ T = TypeVar("T", bound=Tensor)
 
 
 def sizes_of(config: ModelConfig, retaining_hidden: int | None) -> dict[str, int]:
-    """The value of every letter of the tables."""
-    return {
-        "V": config.vocab_size,
-        "E": config.hidden_size,
-        "M": config.intermediate_size,
-        "QD": config.num_heads * config.head_dim,
-        "KD": config.num_kv_heads * config.head_dim,
-        "W": config.retaining_width,
-        "K": config.num_kv_heads,
-        "F": retaining_hidden or 0,
-    }
+    """The value of every letter of the table."""
+    return config.sizes(retaining_hidden)
 
 
 def rules_for(config: ModelConfig, retaining_hidden: int | None = None) -> tuple[Rule, ...]:
-    """The rows that a model of this configuration needs, in our order."""
-    rules = FAMILY_RULES[config.family] + (RETAINING_HEADS if retaining_hidden else ())
-    return tuple(rule for rule in rules if not (config.tie_embeddings and rule.path == "head"))
+    """The rules that a model of this configuration needs, in the table's order; heads unfolded, as files hold them."""
+    return tuple(Rule.of(weight) for weight in weights_of(config.facts | head_facts(retaining_hidden)) if weight.hf)
 
 
 def collect(tensors: Iterable[T]) -> dict[str, T]:
@@ -217,11 +176,10 @@ def check(
     num_layers: int,
 ) -> None:
     """Hold every tensor against every rule; raise the first of the errors above that applies, else return."""
-    known = FAMILY_RULES[family] + RETAINING_HEADS
     wanted = {name: rule for rule in rules for name in rule.names(num_layers)}
     for name, tensor in tensors.items():
         if name not in wanted:
-            _refuse(tensor, known, family, num_layers)
+            _refuse(tensor, wanted.values(), family, num_layers)
     for name, rule in wanted.items():
         if name not in tensors:
             hint = " (config.json may lack tie_word_embeddings)" if rule.path == "head" else ""
@@ -239,20 +197,20 @@ def check(
             )
 
 
-def _refuse(tensor: Tensor, known: Sequence[Rule], family: str, num_layers: int) -> None:
-    for rule in known:
+def _refuse(tensor: Tensor, wanted: Collection[Rule], family: str, num_layers: int) -> None:
+    for rule in RULES:
         match = rule.pattern.fullmatch(tensor.name)
         if match is None:
             continue
         if rule.path == "head":
             why = "config.json ties the head to the embedding (tie_word_embeddings)"
-        elif "layer" in match.groupdict():
+        elif rule in wanted:
             why = f"the model has layers 0 to {num_layers - 1}"
         else:
-            why = "this configuration does not have it"
+            why = f"a {family!r} of this configuration does not have it"
         raise UnexpectedTensor(f"tensor {tensor.name!r} in {tensor.file} is unexpected: {why}; rule: {rule}")
     reason = next((reason for pattern, reason in REASONS if pattern.search(tensor.name)), None)
     raise UnmappedTensor(
-        f"tensor {tensor.name!r} in {tensor.file} has no rule in the table of family {family!r}"
+        f"tensor {tensor.name!r} in {tensor.file} has no rule in the table of weights (family {family!r})"
         + (f": {reason}" if reason else "")
     )

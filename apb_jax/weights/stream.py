@@ -142,7 +142,7 @@ class _Placement:
         """The sharding of a block that still lies as in the HF file."""
         if not self.rule.transpose or not isinstance(self.sharding, NamedSharding):
             return self.sharding
-        spec = list(self.sharding.spec) + [None] * (len(self.rule.axes) - len(self.sharding.spec))
+        spec = list(self.sharding.spec) + [None] * (len(self.rule.shape) + self.rule.stacked - len(self.sharding.spec))
         spec[-1], spec[-2] = spec[-2], spec[-1]
         return NamedSharding(self.sharding.mesh, PartitionSpec(*spec))
 

@@ -16,7 +16,7 @@ from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.registry import METHODS
 from apb_jax.decode import DecodePlan
 from apb_jax.measure.traffic import Traffic, layer_traffic
-from apb_jax.rope.string import with_string
+from apb_jax.model.config import with_string
 
 DOCUMENT, QUERY = ids(1, 251), ids(2, 9)  # a prime length: no shard count divides it
 

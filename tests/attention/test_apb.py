@@ -16,7 +16,7 @@ import apb_jax
 from apb_jax.attention.inputs import Prompt
 from apb_jax.attention.layout import Layout
 from apb_jax.errors import UserError
-from apb_jax.rope.string import with_string
+from apb_jax.model.config import with_string
 
 DOCUMENT, QUERY = ids(1, 251), ids(2, 9)  # a prime length: no shard count divides it
 

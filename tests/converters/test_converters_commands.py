@@ -24,7 +24,8 @@ from safetensors.numpy import load_file, save_file
 
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from apb_jax.rope.base import Llama3Rope, YarnRope
+from apb_jax.rope.llama3 import Llama3Rope
+from apb_jax.rope.yarn import YarnRope
 from apb_jax.weights import orbax_folder, stream
 from apb_jax.weights.checkpoint import load
 from apb_jax.weights.manifest import MANIFEST_FILE

@@ -14,7 +14,8 @@ from apb_jax.attention.attend import attend, project
 from apb_jax.attention.decode import attend_remapped
 from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs, Shard
 from apb_jax.attention.window import sliding_window
-from apb_jax.rope.base import rope_from_hf, rope_table
+from apb_jax.rope.base import rope_table
+from apb_jax.rope.from_hf import rope_from_hf
 from apb_jax.rope.string import StringRope
 from pallas_kernels.flash_attention import RowSegment
 

@@ -18,7 +18,8 @@ from apb_jax.attention.registry import METHODS
 from apb_jax.attention.streaming import Streaming
 from apb_jax.measure.recovered import ROWS, layer_shares, recovered_mass
 from apb_jax.mesh import SP, make_mesh
-from apb_jax.rope.base import DefaultRope, rope_table
+from apb_jax.rope.base import rope_table
+from apb_jax.rope.default import DefaultRope
 from apb_jax.virtual import on_one_device
 
 DEFINED = [name for name in CASES if METHODS[name].can.true_positions]

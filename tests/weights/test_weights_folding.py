@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from apb_jax.attention.inputs import LayerInputs
 from apb_jax.errors import UserError
-from apb_jax.model.transformer import partition_specs
+from apb_jax.model.layers import Where
+from apb_jax.model.weights import partition_specs
 from apb_jax.weights.checkpoint import LoadedModel, load
 from converters.__main__ import main
 
@@ -44,7 +45,7 @@ def scores(model: LoadedModel, mesh: Mesh | None = None) -> np.ndarray:
         carry = jnp.zeros((config.num_layers, 2, ROWS, kv_heads), jnp.float32)
         if mesh:
             carry = jax.lax.pcast(carry, ("tp",), to="varying")
-        return module.run_layers(module.embed(tokens), positions, attend, carry, tp_axis=tp_axis)[1]
+        return module.run_layers(module.embed(tokens), positions, attend, carry, where=Where(tp_axis))[1]
 
     if mesh is None:
         return np.asarray(jax.jit(run)(state, tokens))

@@ -12,10 +12,11 @@ import pytest
 from hf_checkpoints import RETAINING_HIDDEN, random_tensors, tiny_config, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from apb_jax.model.transformer import partition_specs
+from apb_jax.model.families import FAMILIES
+from apb_jax.model.weights import partition_specs
 from apb_jax.weights import mapping
 from apb_jax.weights.checkpoint import LoadedModel, RandomWeights, _flat, load
-from apb_jax.weights.mapping import FAMILY_RULES, MESH_AXIS, rules_for
+from apb_jax.weights.mapping import rules_for
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
@@ -48,8 +49,8 @@ CASES = {
     ),
     "bias": (
         edit(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t[Q0]})),
-        mapping.UnmappedTensor,
-        ["q_proj.bias", "llama"],
+        mapping.UnexpectedTensor,
+        ["q_proj.bias", "llama", "does not have it"],
     ),
     "unexpected layer": (
         edit(lambda t: t.update({"model.layers.3.self_attn.q_proj.weight": t[Q0]})),
@@ -86,7 +87,7 @@ def test_six_errors_name_tensor_and_rule(case: str, tmp_path: Path) -> None:
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("family", FAMILY_RULES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_rules_cover_the_model_exactly(family: str, tied: bool) -> None:
     config = tiny_config(family, tie_embeddings=tied)
@@ -103,9 +104,11 @@ def test_rules_cover_the_model_exactly(family: str, tied: bool) -> None:
             shape = (*shape[:-1], columns.stop - columns.start)
         ours = shape[::-1] if rule.transpose else shape
         assert ((config.num_layers, *ours) if rule.stacked else ours) == shapes[path].shape, rule
-        # A rule's logical axes say the same as the model's own partition specs.
-        axes = tuple(MESH_AXIS.get(axis) for axis in rule.axes)
-        assert axes == (*specs[path], *[None] * (len(axes) - len(specs[path]))), rule
+        # Heads, FFN columns and the vocabulary are split, each on the axis that holds them; nothing else is.
+        split = [shape for shape, axis in zip(shapes[path].shape, specs[path], strict=False) if axis == "tp"]
+        widths = {"q": 32, "k": 16, "v": 16, "o": 32, "gate": 40, "up": 40, "down": 40, "head": 48, "fc2": 2}
+        name = path.split(".")[-1].removesuffix("_bias").removeprefix("fc1_")
+        assert split == ([widths[name]] if name in widths else []), rule
 
 
 def test_old_rotary_buffers_are_not_weights(tmp_path: Path) -> None:
