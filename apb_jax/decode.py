@@ -11,11 +11,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from apb_jax.attention.decode import decode_on_device
 from apb_jax.attention.full import Full
 from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.cache import DocumentCache, TailCache
 from apb_jax.programs import Lengths, Programs
+from apb_jax.rope.string import StringRope
 from apb_jax.sampling import draw, greedy
 
 CHUNK = 16
@@ -91,7 +93,7 @@ class TailRows:
 
 def extend(
     programs: Programs,
-    method: AttentionMethod,
+    plan: DecodePlan,
     weights: nnx.State,
     new: TailRows,
     lengths: Lengths,
@@ -99,25 +101,37 @@ def extend(
     tail: TailCache,
 ) -> tuple[Float[Array, "B M E"], TailCache]:
     """New tail tokens through all layers; inside a program."""
-    shard, model = lengths.shard(programs.shards), programs.model(weights)
+    placement, model = lengths.placement, programs.model(weights)
     positions = (lengths.tail_start + new.slot)[:, None] + jnp.arange(new.tokens.shape[1], dtype=jnp.int32)[None]
 
     def attend(inputs: LayerInputs, tail: TailCache) -> tuple[Any, TailCache]:
         tail = tail.write(inputs.layer, new.slot, inputs.rotated()[1], inputs.v)
-        document = cache.at(inputs.layer)
-        if programs.virtual_shards > 1:  # moving the mapped axis to the front would copy the whole stack
-            document = CachedLayer.of(*document.alone())
-        cached = Cached(
-            document=document,
-            kept_tokens=lengths.kept(shard),
-            kept_positions=lengths.positions_of(shard),
-            tail=tail.at(inputs.layer).alone(),
-            tail_offset=new.slot,
-            tail_position=lengths.tail_start,
-            rows=new.rows,
-            query_tokens=new.query_tokens,
-        )
-        return method.decode(inputs, cached, shard), tail
+        own_tail = tail.at(inputs.layer).alone()
+        if placement.local > 1 and plan.method is None and not isinstance(inputs.rope, StringRope):
+            kept = lengths.kept_on_device()
+            asked = (kept, own_tail, new.slot, new.query_tokens)
+            return decode_on_device(inputs.rotated()[0], cache.at(inputs.layer), *asked, placement), tail
+
+        def one_shard(document: CachedLayer) -> Any:
+            shard = lengths.shard()
+            cached = Cached(
+                document=document,
+                kept_tokens=lengths.kept(shard),
+                kept_positions=lengths.positions_of(shard),
+                tail=own_tail,
+                tail_offset=new.slot,
+                tail_position=lengths.tail_start,
+                rows=new.rows,
+                query_tokens=new.query_tokens,
+            )
+            return plan.rule.decode(inputs, cached, shard)
+
+        if placement.local == 1:
+            return one_shard(cache.at(inputs.layer)), tail
+        # Every shard gives the merged rows: one copy of them is enough.
+        alone = cache.at(inputs.layer).alone()
+        out = placement.each_shard(lambda k, v: one_shard(CachedLayer.of(k, v)), *alone)
+        return out[:, : new.tokens.shape[1]], tail
 
     return model.run_layers(
         model.embed(new.tokens), positions, attend, tail,
@@ -139,7 +153,7 @@ def query(
     def body(weights: Any, tokens: Any, lengths: Lengths, cache: DocumentCache, tail: TailCache) -> Any:
         asked = lengths.query_tokens
         new = TailRows(tokens, jnp.zeros_like(asked), asked, asked if plan.bottom_right else None)
-        x, tail = extend(programs, plan.rule, weights, new, lengths, cache, tail)
+        x, tail = extend(programs, plan, weights, new, lengths, cache, tail)
         if not plan.with_logits:
             x = jnp.take_along_axis(x, (asked - 1)[:, None, None], axis=1)
         return programs.model(weights).logits(x, replace(programs.where, slices=programs.slices)), tail
@@ -172,7 +186,7 @@ def decode(
             out, rows, state = loop
             slot = lengths.query_tokens + state.made - 1
             new = TailRows(state.token[:, None], slot, jnp.ones_like(slot))
-            x, tail = extend(programs, plan.rule, weights, new, lengths, cache, state.tail)
+            x, tail = extend(programs, plan, weights, new, lengths, cache, state.tail)
             logits = programs.model(weights).logits(x, replace(programs.where, slices=programs.slices))[:, 0]
             key, use = jax.random.split(jax.random.wrap_key_data(state.key))
             token = greedy(logits) if plan.greedy else draw(logits, use, asked.temperature, asked.top_p)

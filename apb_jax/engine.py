@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from apb_jax.attention.inputs import Kernels, Prompt
 from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
+from apb_jax.attention.placement import Placement
 from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
@@ -45,8 +46,13 @@ class Settings:
     kernels: Kernels = field(default_factory=Kernels)
     template: str | None = None
     """Chat template by name; None: the model's."""
-    virtual_shards: int = 1
-    """Split the document into so many shards on one device (``apb_jax.virtual``)."""
+    shards: int | None = None
+    """Parts of the document, a multiple of the devices on the sequence axis; None: one a device.
+
+    For exact methods the devices alone count: more shards would change nothing.
+    """
+    placement: str = "contiguous"
+    """Which shards a device holds: "contiguous", or "zigzag" (pairs i and N-1-i)."""
     slice_decode: bool = False
     """Query and decoding steps read 1 / sp of the weights on each device (``model/slices.py``)."""
     bottom_right_query: bool = False
@@ -71,11 +77,13 @@ class Engine:
         beside: Engine | None = None,
         **changes: Any,
     ) -> None:
-        """``changes``: fields of ``Settings``, such as ``virtual_shards=8``.
+        """``changes``: fields of ``Settings``, such as ``shards=8``; ``virtual_shards`` is another name of that one.
 
         ``beside``: another engine of the same model, mesh and settings, whose weights and programs this one shares.
         """
         self.model, self.mesh = model, mesh if mesh is not None else make_mesh()
+        if "virtual_shards" in changes:
+            changes["shards"] = changes.pop("virtual_shards")
         self.settings = replace(settings or Settings(), **changes)
         self.method = MethodSpec(method) if isinstance(method, str) else method
         self.progress: Progress = progress or silent
@@ -83,18 +91,13 @@ class Engine:
         self.template = self.settings.template or found
         self.codec = PromptCodec(model.tokenizer, TEMPLATES[self.template]) if model.tokenizer else None
         check_mesh(model, self.mesh)
-        if self.settings.virtual_shards < 1 or (self.settings.virtual_shards > 1 and self.mesh.size > 1):
-            raise UserError(
-                f"virtual_shards is {self.settings.virtual_shards} on {self.mesh.size} devices; "
-                "more than 1 needs one device"
-            )
         self.check_method(batch=1)
         sizes = self.mesh.shape
         slices = WeightSlices.over(model.config, SP, sizes[SP], sizes[TP]) if self.settings.slice_decode else None
         shared = beside is not None and beside.mesh == self.mesh
         self.state: nnx.State = beside.state if beside is not None and shared else self._place(model)
         self.programs: Programs
-        if beside is not None and shared and beside.settings == self.settings:
+        if beside is not None and shared and beside.programs.same(self.settings.kernels, slices):
             self.programs = beside.programs
         else:
             self.programs = Programs(
@@ -103,7 +106,6 @@ class Engine:
                 specs=partition_specs(self.state),
                 mesh=self.mesh,
                 kernels=self.settings.kernels,
-                virtual_shards=self.settings.virtual_shards,
                 slices=slices,
             )
         self.listen(progress)
@@ -143,9 +145,18 @@ class Engine:
         return model.place(self.mesh, lambda done, total: self.progress("load weights", done, total))
 
     @property
+    def placement(self) -> Placement:
+        """Which shards of the document stand on which device."""
+        devices = self.mesh.shape[SP]
+        asked = Placement.of(devices if self.settings.shards is None else self.settings.shards, devices)
+        if self.can.exact or asked.local == 1:
+            return Placement(devices)
+        return replace(asked, order=self.settings.placement)
+
+    @property
     def shards(self) -> int:
         """Shards of the document."""
-        return self.mesh.shape[SP] * self.settings.virtual_shards
+        return self.placement.shards
 
     def with_method(self, method: AttentionMethod | MethodSpec | str, **changes: Any) -> Engine:
         """The same model and weights under another method; the same programs where no setting changes."""
@@ -204,12 +215,13 @@ class Engine:
         self.check_method(len(prompts))
         self.check_lengths(prompts, [prompt.query for prompt in prompts])
         method, notes = self.choose(prompts)
-        layout = method.layout(prompts, self.shards)
-        programs = self.programs
-        lengths = programs.place(Lengths.of(layout, np.asarray([len(p.query) for p in prompts], np.int32)))
+        programs, placement = self.programs, self.placement
+        layout = method.layout(prompts, placement.shards)
+        asked = np.asarray([len(p.query) for p in prompts], np.int32)
+        lengths = programs.place(Lengths.of(layout, asked, placement))
         cache = programs.zeros(DocumentCache, len(prompts), layout.shards * layout.kept_capacity, self.model.dtype)
-        rows = PrefillRows(programs.place_rows(layout.positions), lengths)
-        tokens = programs.place_rows(layout.tokens)
+        rows = PrefillRows(programs.place_rows(layout.positions, placement), lengths)
+        tokens = programs.place_rows(layout.tokens, placement)
         compiled_before = programs.compile_s
         started = time.perf_counter()
         for done, state in run(programs, method, self.state, tokens, rows, cache):

@@ -15,6 +15,7 @@ from apb_jax.errors import UserError
 DEFAULT_SEQ = 8192
 DEFAULT_SIMULATED = 8
 KERNELS = ("auto", "reference", "xla_chunked", "cudnn", "mosaic_gpu")
+PLACEMENTS = ("contiguous", "zigzag")
 SUFFIX = {"": 1, "k": 1024, "m": 1024 * 1024}
 
 
@@ -67,7 +68,8 @@ class RunConfig:
     seq: int | None = None
     sp: int | None = None
     tp: int = 1
-    virtual_shards: int = 1
+    shards: int | None = None
+    placement: str = "contiguous"
     slice_decode: bool = False
     method: str = "apb"
     options: tuple[tuple[str, Any], ...] = ()
@@ -121,11 +123,6 @@ class RunConfig:
             raise UserError(f"--save {self.save} is a file; give a folder for run.json and run.md")
         if self.profile is not None and Path(self.profile).is_file():
             raise UserError(f"--profile {self.profile} is a file; give a folder for the trace")
-        if self.virtual_shards > 1 and (self.tp > 1 or (self.sp or 1) > 1):
-            raise UserError(
-                f"--virtual-shards {self.virtual_shards} needs one device, not --sp {self.sp or 1} --tp {self.tp}; "
-                "drop --sp and --tp"
-            )
         if self.method in self.compare:
             raise UserError(f"--compare {self.method} is the method itself; compare with another one, such as full")
         if self.method == "auto" and self.method_options:
@@ -247,11 +244,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--tp", type=_number(int, "--tp", 1, 64), default=1, metavar="M", help="devices on the tensor axis"
     )
     group.add_argument(
+        "--shards",
         "--virtual-shards",
-        type=_number(int, "--virtual-shards", 1, 64),
-        default=1,
+        type=_number(int, "--shards", 1, 1024),
         metavar="N",
-        help="split the document into N shards on one device (--sp 1)",
+        help="parts of the document, a multiple of --sp (default: --sp; on one device 8 where a method needs them)",
+    )
+    group.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        default="contiguous",
+        help="shards of a device: neighbours, or pairs i and N-1-i, which gives every device the same work",
     )
     group.add_argument(
         "--slice-decode",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,8 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.inputs import LayerInputs
 from apb_jax.attention.method import AttentionMethod
+from apb_jax.attention.placement import Placement
 from apb_jax.cache import DocumentCache
 from apb_jax.mesh import SP
+from apb_jax.model.heads import FoldedRetainingHead
 from apb_jax.programs import Lengths, Programs
 
 GROUPS = 8
@@ -45,6 +47,26 @@ class PrefillRows:
     lengths: Lengths
 
 
+def each_shard(placement: Placement, function: Callable[..., Any], inputs: LayerInputs, *rows: Any) -> Any:
+    """``function(inputs, *rows)`` for every shard of this device, each with its own rows.
+
+    Arrays of ``rows`` and of the result have their rows in axis 1. Retaining heads multiply all rows of the device at
+    once before they are split.
+    """
+    if placement.local == 1:
+        return function(inputs, *rows)
+    head = inputs.retaining
+    hidden = None if head is None else head.hidden(inputs.q, inputs.k, inputs.v, inputs.tp_axis)
+
+    def one(q: Any, k: Any, v: Any, cos: Any, sin: Any, positions: Any, hidden: Any, *rows: Any) -> Any:
+        scorer = None if head is None else FoldedRetainingHead(hidden, head.fc2)
+        own = replace(inputs, q=q, k=k, v=v, cos=cos, sin=sin, positions=positions, retaining=scorer)
+        return function(own, *rows)
+
+    x = inputs
+    return placement.each_shard(one, x.q, x.k, x.v, x.cos, x.sin, x.positions, hidden, *rows)
+
+
 def embed(programs: Programs, weights: nnx.State, tokens: Int[Array, "B N*S"]) -> Float[Array, "B N*S E"]:
     """Token embeddings of all local rows."""
     make = lambda: programs.traced(  # noqa: E731 - one line a program
@@ -57,10 +79,12 @@ def layers_program(programs: Programs, method: AttentionMethod, count: int) -> A
     """The jitted program (weights, state, rows, first layer) -> state of ``count`` layers in one scan."""
 
     def prefill_layers(weights: Any, state: PrefillState, rows: PrefillRows, start: Any) -> PrefillState:
-        shard = rows.lengths.shard(programs.shards)
+        def one_shard(inputs: LayerInputs) -> tuple[Any, Any, Any]:
+            out, (k, v) = method.prefill(inputs, rows.lengths.shard(), programs.kernels)
+            return out, k, v
 
         def attend(inputs: LayerInputs, cache: DocumentCache) -> tuple[Any, DocumentCache]:
-            out, (k, v) = method.prefill(inputs, shard, programs.kernels)
+            out, k, v = each_shard(rows.lengths.placement, one_shard, inputs)
             return out, cache.write(inputs.layer, k, v)
 
         model = programs.model(weights)

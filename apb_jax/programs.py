@@ -22,12 +22,12 @@ from jaxtyping import Array, Int
 
 from apb_jax.attention.inputs import Kernels, Shard
 from apb_jax.attention.layout import Layout
+from apb_jax.attention.placement import Placement
 from apb_jax.mesh import SP, TP
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import Where
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import Transformer
-from apb_jax.virtual import on_one_device
 
 KEPT_PROGRAMS = 128
 """Compiled programs that an engine keeps; the one used longest ago goes first."""
@@ -48,21 +48,21 @@ class Lengths:
     """Positions of each shard's cache rows; None where decoding does not ask for them."""
     tail_position: Int[Array, " B"] | None = None
     """Position of the first query token; None: right behind the document."""
+    placement: Placement = field(default=Placement(1), metadata={"static": True})
     segments: tuple[tuple[str, int], ...] = field(default=(), metadata={"static": True})
     """Those of the layout; programs behind the prefill do not depend on them and get none."""
 
     @classmethod
-    def of(cls, layout: Layout, query_tokens: np.ndarray) -> Lengths:
+    def of(cls, layout: Layout, query_tokens: np.ndarray, placement: Placement) -> Lengths:
         """Host arrays of a layout, to be placed on the mesh."""
         lengths = (layout.block_rows, layout.document_tokens, layout.embedded_query_tokens, query_tokens)
         kept = (layout.kept_tokens, layout.kept_positions, layout.tail_position)
-        return cls(*lengths, *kept, layout.segments)  # type: ignore[arg-type]
+        return cls(*lengths, *kept, placement, layout.segments)  # type: ignore[arg-type]
 
-    def shard(self, count: int) -> Shard:
-        """This shard's view; call inside ``shard_map``."""
-        index = jax.lax.axis_index(SP)
+    def shard(self) -> Shard:
+        """This shard's view; call inside ``shard_map``, where a device holds several inside ``each_shard``."""
         lengths = (self.block_rows, self.document_tokens, self.embedded_query_tokens, self.query_tokens)
-        return Shard(index, *lengths, count, SP, self.segments)
+        return Shard(self.placement.index(), *lengths, self.placement, self.segments)
 
     @property
     def tail_start(self) -> Int[Array, " B"]:
@@ -74,6 +74,11 @@ class Lengths:
         if self.kept_tokens is not None:
             return jnp.take(self.kept_tokens, shard.index, axis=1)
         return jnp.clip(self.document_tokens - shard.index * self.block_rows, 0, self.block_rows)
+
+    def kept_on_device(self) -> Int[Array, "B V"]:
+        """Document tokens whose KV each shard of this device keeps."""
+        assert self.kept_tokens is not None
+        return jnp.take(self.kept_tokens, self.placement.on_device(), axis=1)
 
     def positions_of(self, shard: Shard) -> Int[Array, "B C"]:
         """Positions of this shard's cache rows."""
@@ -90,8 +95,6 @@ class Programs:
     specs: Any
     mesh: Mesh
     kernels: Kernels
-    virtual_shards: int = 1
-    """Shards of the document on each device of ``sp``; above 1 only where that axis has one device."""
     slices: WeightSlices | None = None
     """Given where query and decoding steps use the weights as slices over ``sp``."""
     compiled: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
@@ -100,9 +103,9 @@ class Programs:
     """The most bytes that a program called so far needs on a device, by the compiler's estimate; may be set back."""
     on_compile: Callable[[str], None] | None = None
 
-    @property
-    def shards(self) -> int:
-        return self.mesh.shape[SP] * self.virtual_shards
+    def same(self, kernels: Kernels, slices: WeightSlices | None) -> bool:
+        """Whether programs of these settings would be the same ones."""
+        return (kernels, slices) == (self.kernels, self.slices)
 
     @property
     def tp_axis(self) -> str | None:
@@ -126,14 +129,13 @@ class Programs:
 
         return jax.tree.map(put, tree, jax.tree.map(lambda _: P(), tree) if specs is None else specs)
 
-    def place_rows(self, rows: np.ndarray) -> jax.Array:
-        """An array [B, N, S] of local rows as [B, N * S] over ``sp``."""
-        return self.place(np.ascontiguousarray(rows.reshape(rows.shape[0], -1)), P(None, SP))
+    def place_rows(self, rows: np.ndarray, placement: Placement) -> jax.Array:
+        """An array [B, N, S] of every shard's rows as [B, N * S] over ``sp``, each shard in its place."""
+        placed = rows[:, placement.order_of_rows]
+        return self.place(np.ascontiguousarray(placed.reshape(rows.shape[0], -1)), P(None, SP))
 
     def traced(self, body: Callable[..., Any], in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()) -> Any:
-        """``body`` as a jitted ``shard_map`` over the mesh, or with virtual shards as its equal on one device."""
-        if self.virtual_shards > 1:
-            return jax.jit(on_one_device(body, in_specs, out_specs, self.virtual_shards), donate_argnums=donate)
+        """``body`` as a jitted ``shard_map`` over the mesh."""
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate)
 

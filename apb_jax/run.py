@@ -20,6 +20,7 @@ from apb_jax.options import DEFAULT_SEQ, DEFAULT_SIMULATED, RunConfig, parse
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from apb_jax.attention.registry import MethodSpec
     from apb_jax.engine import Engine
     from apb_jax.measure.compare import Asking
     from apb_jax.weights.checkpoint import LoadedModel
@@ -45,7 +46,7 @@ def choose_devices(config: RunConfig, console: Console) -> None:
 
 def sequence_devices(config: RunConfig, default: int) -> int:
     """Devices on the sequence axis where the machine itself does not decide."""
-    return config.sp or (1 if config.virtual_shards > 1 else default)
+    return config.sp or default
 
 
 def load_model(config: RunConfig) -> LoadedModel:
@@ -75,7 +76,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.engine import Engine, Settings
     from apb_jax.measure.beside import Beside
     from apb_jax.measure.compare import Asking, beside, run_one, timed
-    from apb_jax.mesh import make_mesh
+    from apb_jax.mesh import SP, make_mesh
     from apb_jax.sampling import Sampler
     from apb_jax.task import make_task, new_tokens
 
@@ -83,24 +84,24 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     others = [MethodSpec(name) for name in config.compare]
     sampler = Sampler(config.temperature, config.top_p)
     model = load_model(config)
-    sp = 1 if config.virtual_shards > 1 else config.sp
-    name = config.method
+    sp, name = config.sp, config.method
     if name == "auto":
         name, sp, reason = decide_method(config, model, text)
         console.print(f"note: --method auto: {reason}", style="yellow", highlight=False)
-    mesh = make_mesh(sp, config.tp)
+    mesh, method = make_mesh(sp, config.tp), MethodSpec(name, config.method_options)
     size = f"{model.config.parameters / 1e6:,.1f}M parameters, {model.dtype.name}, kernels {config.kernels}"
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
     console.print(f"[bold]apb_jax[/] {config.model}: {size}, {device}", highlight=False)
     settings = Settings(
         kernels=Kernels(None if config.kernels == "auto" else config.kernels),
         template=config.template,
-        virtual_shards=config.virtual_shards,
+        shards=shards_for(config, method, mesh.shape[SP]),
+        placement=config.placement,
         slice_decode=config.slice_decode,
         bottom_right_query=config.bottom_right_query,
     )
     with screen.StageBar(console) as bar:
-        engine = Engine(model, MethodSpec(name, config.method_options), mesh, settings=settings, progress=bar)
+        engine = Engine(model, method, mesh, settings=settings, progress=bar)
         task = make_task(config, text, engine)
     engines = [engine, *map(Beside(engine).of, others)]  # refuses what cannot run before anything runs
     for current in engines:
@@ -139,6 +140,13 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         report.save(Path(config.save), result)
         console.print(f"saved: {config.save}/run.json and run.md", highlight=False, markup=False, emoji=False)
     return result
+
+
+def shards_for(config: RunConfig, method: MethodSpec, devices: int) -> int | None:
+    """Parts of the document: as asked, else one a device; on one device as many as the method needs to be itself."""
+    if config.shards is not None or devices > 1:
+        return config.shards
+    return method.kind.shards_alone if method.kind.shards_alone > 1 else None
 
 
 def show_method(console: Console, engine: Engine, asking: Asking, notes: list[str]) -> None:

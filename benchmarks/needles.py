@@ -38,8 +38,8 @@ def main() -> None:
     import apb_jax
 
     base = parse(further)
-    mesh = apb_jax.make_mesh(1 if base.virtual_shards > 1 else base.sp)
-    engine = apb_jax.Engine(apb_jax.load("tiny"), "full", mesh, virtual_shards=base.virtual_shards)
+    mesh = apb_jax.make_mesh(base.sp)
+    engine = apb_jax.Engine(apb_jax.load("tiny"), "full", mesh, shards=base.shards)
     for seq in args.seq.split(","):
         rng = np.random.default_rng(args.seed)
         tasks, commands = [], []

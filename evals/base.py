@@ -147,7 +147,7 @@ class SystemSpec:
     dtype: str | None
     sp: int | None
     tp: int
-    virtual_shards: int = 1
+    shards: int | None = None
 
 
 class Task(Protocol):

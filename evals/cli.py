@@ -157,7 +157,9 @@ def _benchmark(commands, name: str, text: str, run: Callable) -> argparse.Argume
     parser.add_argument("--dtype", help="bf16 or float32")
     parser.add_argument("--sp", type=int, help="devices along the sequence (default: all)")
     parser.add_argument("--tp", type=int, default=1, help="devices along the heads")
-    parser.add_argument("--virtual-shards", type=int, default=1, help="shards of the document on one device (--sp 1)")
+    parser.add_argument(
+        "--shards", "--virtual-shards", type=int, help="parts of the document, a multiple of --sp (default: --sp)"
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -172,9 +174,7 @@ def _spec(args: argparse.Namespace) -> SystemSpec:
         if not found or found.group(1) not in methods:
             raise EvalError(f"--set {item!r}: expected METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
         options.setdefault(found.group(1), {})[found.group(2)] = _value(found.group(3))
-    return SystemSpec(
-        args.model, methods, options, args.weights, args.heads, args.dtype, args.sp, args.tp, args.virtual_shards
-    )
+    return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, args.sp, args.tp, args.shards)
 
 
 def _value(text: str) -> Any:

@@ -137,7 +137,7 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     from apb_jax.mesh import has_accelerator, make_mesh, simulate_devices
 
     if not has_accelerator():
-        simulate_devices((spec.sp or (1 if spec.virtual_shards > 1 else SIMULATED)) * spec.tp)
+        simulate_devices((spec.sp or SIMULATED) * spec.tp)
     from apb_jax.attention.registry import MethodSpec
     from apb_jax.compile_cache import use_compile_cache
     from apb_jax.engine import Engine
@@ -146,9 +146,9 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
 
     use_compile_cache()
     methods = {name: MethodSpec(name, spec.options.get(name, {})) for name in spec.methods}
-    mesh = make_mesh(spec.sp or (1 if spec.virtual_shards > 1 else None), spec.tp)
+    mesh = make_mesh(spec.sp, spec.tp)
     model = load(spec.model, weights=spec.weights, heads=spec.heads, dtype=spec.dtype)
     if model.tokenizer is None:
         raise UserError(f"model {spec.model!r} has no tokenizer; benchmarks need one")
-    engines = Beside(Engine(model, "full", mesh, template="base", virtual_shards=spec.virtual_shards))
+    engines = Beside(Engine(model, "full", mesh, template="base", shards=spec.shards))
     return lambda name: EngineSystem(engines.of(methods[name]), spec, name)

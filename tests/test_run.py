@@ -65,7 +65,10 @@ BAD = [
     (["--model", "{model}", "--seq", "30"], "--seq 30 leaves no room for a document"),
     (["--model", "{model}", "--seq", "1m"], "exceeds the 256 positions of model; nearest legal choice: 256"),
     ([*MODEL, "--sp", "7", "--tp", "2"], "needs 14 devices, here are 8"),
-    ([*MODEL, "--sp", "2", "--virtual-shards", "4"], "--virtual-shards 4 needs one device, not --sp 2 --tp 1"),
+    (
+        [*MODEL, "--sp", "2", "--shards", "3"],
+        "--shards 3 is no multiple of the 2 devices on the sequence axis; nearest",
+    ),
     ([*MODEL, "--sp", "7", "--slice-decode"], "7 devices do not divide the 32 query columns of the model; nearest"),
     ([*MODEL, "--sp", "0"], "--sp is 0; it must be between 1 and 1024"),
     ([*MODEL, "--sp", "two"], "--sp is 'two'; it must be a number"),

@@ -53,6 +53,7 @@ class APB(AttentionMethod):
     shared_anchor: bool = False
 
     name: ClassVar[str] = "apb"
+    shards_alone: ClassVar[int] = 8
     can: ClassVar[Capabilities] = Capabilities(
         exact=False,
         paper="APB, arXiv 2502.12085",
@@ -198,7 +199,7 @@ class APB(AttentionMethod):
             return pooled[:, lead:] if self.shared_anchor else pooled
         asked = x.q[:, :anchor]
         if self.shared_anchor:
-            asked = jax.lax.all_gather(asked, shard.axis, axis=1, tiled=True)[:, : self.anchor_tokens]
+            asked = shard.placement.all_gather(asked, axis=1, tiled=True)[:, : self.anchor_tokens]
         window = min(WINDOW, asked.shape[1] - self.place)
         behind = shard.document_tokens + shard.embedded_query_tokens
         places = behind[:, None] - window + jnp.arange(window, dtype=jnp.int32)[None]
@@ -225,7 +226,7 @@ class APB(AttentionMethod):
         this shard and later ones empty on the left.
         """
         index, k_sel, v_sel = select_topk(scores, k, v, self.passing_tokens)
-        everything = jax.lax.all_gather(jnp.concatenate([k_sel, v_sel], axis=-1), shard.axis, axis=1, tiled=True)
+        everything = shard.placement.all_gather(jnp.concatenate([k_sel, v_sel], axis=-1), axis=1, tiled=True)
         k_passing, v_passing = jnp.split(self.earlier(everything, shard), 2, axis=-1)
         return index, k_passing, v_passing
 
@@ -261,7 +262,7 @@ class APB(AttentionMethod):
     ) -> Int[Array, "B TP K"]:
         """Positions of the passing block's slots (only STRING asks for them); one more ``all_gather``."""
         chosen = jnp.take_along_axis(positions[..., None], index, axis=1)
-        return self.earlier(jax.lax.all_gather(chosen, shard.axis, axis=1, tiled=True), shard)
+        return self.earlier(shard.placement.all_gather(chosen, axis=1, tiled=True), shard)
 
     def attend(
         self,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.attend import project
 from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs, Shard
 from apb_jax.attention.merge import merge_partials, merge_shards
+from apb_jax.attention.placement import Placement
 from apb_jax.attention.remapped import Border, Interval, remapped_attention
 from pallas_kernels.decode_attention import decode_attention
 
@@ -30,7 +31,7 @@ def attend_shard(
     owner = shard.index == shard.count - 1
     offset = None
     if query_tokens is not None:
-        offset = jnp.where(owner, jnp.int32(2**30), kept_tokens - query_tokens)
+        offset = jnp.where(owner, document.k.shape[2], kept_tokens - query_tokens)  # all rows: hides nothing
     local = decode_attention(q, document.k, document.v, kept_tokens, offset, layer=document.layer)
     rows = jnp.full_like(tail_offset, tail[0].shape[1])
     new, new_lse = decode_attention(q, *tail, lengths=rows, causal_offset=tail_offset)
@@ -49,7 +50,39 @@ def decode_sharded(
 ) -> Float[Array, "B M H D"]:
     """Exact attention over all shards' caches and the tail; one ``pmax`` and one ``psum`` (see ``merge_shards``)."""
     out, lse = attend_shard(q, document, kept_tokens, tail, tail_offset, shard, query_tokens=query_tokens)
-    return merge_shards(out, lse, shard.axis).astype(q.dtype)
+    return merge_shards(out, lse, shard.placement).astype(q.dtype)
+
+
+def decode_on_device(
+    q: Float[Array, "B M H D"],
+    document: CachedLayer,
+    kept_tokens: Int[Array, "B V"],
+    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]],
+    tail_offset: Int[Array, " B"],
+    query_tokens: Int[Array, " B"] | None,
+    placement: Placement,
+) -> Float[Array, "B M H D"]:
+    """``decode_sharded`` for all V shards of this device at once: they stand in the kernel's batch, nothing is moved.
+
+    The cache is read where it lies; its rows [V * C] of a request are V requests of C rows.
+    """
+    count, (batch, rows) = placement.local, q.shape[:2]
+    fold = lambda a: a.reshape(a.shape[0], batch * count, -1, *a.shape[3:])  # noqa: E731
+    last = placement.on_device() == placement.shards - 1
+    offset = None
+    if query_tokens is not None:
+        offset = jnp.where(last, document.k.shape[2], kept_tokens - query_tokens[:, None]).reshape(-1)
+    many = jnp.repeat(q, count, axis=0)
+    out, lse = decode_attention(
+        many, fold(document.k), fold(document.v), kept_tokens.reshape(-1), offset, layer=document.layer
+    )
+    outs, lses = out.reshape(batch, count, rows, *out.shape[2:]), lse.reshape(batch, count, *lse.shape[1:])
+    slots = jnp.full_like(tail_offset, tail[0].shape[1])
+    new, new_lse = decode_attention(q, *tail, lengths=slots, causal_offset=tail_offset)
+    parts = [(outs[:, i], lses[:, i]) for i in range(count)]
+    own = merge_partials([*parts, (new, jnp.where(jnp.any(last), new_lse, -jnp.inf))])
+    whole = own[0] if placement.devices == 1 else merge_shards(*own, Placement(placement.devices))
+    return whole.astype(q.dtype)
 
 
 def attend_remapped(
@@ -87,4 +120,4 @@ def attend_remapped(
 
 def decode_remapped(x: LayerInputs, cached: Cached, shard: Shard) -> Float[Array, "B M H D"]:
     """``decode_sharded`` under STRING: positions are local knowledge, so the collectives are the same."""
-    return merge_shards(*attend_remapped(x, cached, shard), shard.axis).astype(x.q.dtype)
+    return merge_shards(*attend_remapped(x, cached, shard), shard.placement).astype(x.q.dtype)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -24,7 +23,7 @@ def gather_document(keys: Keys, shard: Shard) -> Keys:
         return keys
 
     def gather(x: Array) -> Array:
-        return jax.lax.all_gather(x, shard.axis, axis=1, tiled=True)
+        return shard.placement.all_gather(x, axis=1, tiled=True)
 
     k, v = jnp.split(gather(jnp.concatenate([keys.k, keys.v], axis=-1)), 2, axis=-1)
     return Keys(k, v, None if keys.positions is None else gather(keys.positions))

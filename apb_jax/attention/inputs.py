@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from apb_jax.attention.placement import Placement
 from apb_jax.rope.base import Rope, rotate
 
 KeptKV = tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
@@ -41,10 +42,15 @@ class Shard:
     document_tokens: Int[Array, " B"]
     embedded_query_tokens: Int[Array, " B"]
     query_tokens: Int[Array, " B"]
-    count: int = field(metadata={"static": True})
-    axis: str = field(metadata={"static": True})
+    placement: Placement = field(metadata={"static": True})
+    """Which shards stand where, and the collectives over them."""
     segments: tuple[tuple[str, int], ...] = field(default=(), metadata={"static": True})
     """Those of the layout, in prefill."""
+
+    @property
+    def count(self) -> int:
+        """Shards of the document."""
+        return self.placement.shards
 
 
 class Scorer(Protocol):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from apb_jax.mesh import SP
+from apb_jax.attention.placement import Placement
 
 
 def merge_partials(
@@ -29,13 +28,15 @@ def merge_partials(
     return scaled / divisor, jnp.where(total == 0, -jnp.inf, safe + jnp.log(jnp.where(total == 0, 1.0, total)))
 
 
-def merge_shards(out: Float[Array, "B S H D"], lse: Float[Array, "B H S"], axis: str = SP) -> Float[Array, "B S H D"]:
+def merge_shards(
+    out: Float[Array, "B S H D"], lse: Float[Array, "B H S"], placement: Placement
+) -> Float[Array, "B S H D"]:
     """Merge every shard's partial attention; float32, the same on all shards.
 
     Collectives: one ``pmax`` of [B, H, S] and one ``psum`` of [B, S, H, D + 1] (numerator and denominator together).
     """
-    top = jax.lax.pmax(lse, axis)
+    top = placement.pmax(lse)
     weight = jnp.swapaxes(jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top)), 1, 2)[..., None]
     both = jnp.concatenate([out.astype(jnp.float32) * weight, weight], axis=-1)
-    both = jax.lax.psum(both, axis)
+    both = placement.psum(both)
     return both[..., :-1] / jnp.where(both[..., -1:] == 0, 1.0, both[..., -1:])

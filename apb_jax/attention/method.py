@@ -21,7 +21,7 @@ from apb_jax.attention.layout import Layout
 from apb_jax.model.config import ModelConfig
 from apb_jax.rope.string import StringRope
 
-ONE_SHARD = "one shard; --virtual-shards 8 splits the document on one device"
+ONE_SHARD = "one shard; --shards 8 splits the document on one device"
 """Why a method that differs from full attention between shards alone comes to it (``AttentionMethod.equals_full``)."""
 
 
@@ -57,7 +57,7 @@ class Setup:
     shards: int
     """Parts of the document."""
     devices: int
-    """Places on the sequence axis; each holds one shard, or a single one all of them (virtual shards)."""
+    """Places on the sequence axis; each holds equally many shards."""
     tp: int = 1
     batch: int = 1
     has_heads: bool = False
@@ -66,11 +66,6 @@ class Setup:
     """Where the chat template lets a query be embedded in an anchor: the tokens that open the document."""
     prompts: tuple[Prompt, ...] = ()
     """Empty as long as the documents are not known."""
-
-    @property
-    def virtual(self) -> bool:
-        """Whether one device holds several shards: collectives over groups of shards do not exist there."""
-        return self.shards > self.devices
 
     @property
     def shortest(self) -> int:
@@ -92,6 +87,8 @@ class AttentionMethod(abc.ABC):
 
     name: ClassVar[str]
     can: ClassVar[Capabilities]
+    shards_alone: ClassVar[int] = 1
+    """Shards that a command gives the method on one device: more than 1 where one shard would be full attention."""
 
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self))
@@ -107,7 +104,7 @@ class AttentionMethod(abc.ABC):
         """
         can = cls.can
         if can.max_shards is not None and setup.shards > can.max_shards:
-            legal = "--virtual-shards 1" if setup.virtual else "--sp 1"
+            legal = "--sp 1" if setup.devices > 1 else "--shards 1"
             return f"method {cls.name!r} runs on one shard, here are {setup.shards}; nearest legal choice: {legal}"
         if not can.remaps_positions and setup.config.rope.kind == "string":
             return (

@@ -21,6 +21,7 @@ from apb_jax.attention.layout import Layout, chunk_layout
 from apb_jax.attention.merge import merge_partials
 from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.errors import UserError
+from apb_jax.mesh import SP
 from pallas_kernels.flash_attention import RowSegment
 
 ORDERS = ("zigzag", "plain")
@@ -125,6 +126,6 @@ class Ring(AttentionMethod):
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:
         queries, keys = project(x)
         route = [(i, (i + 1) % shard.count) for i in range(shard.count)]
-        ring = RingAxis(shard.index, shard.count, shard.axis, route)
+        ring = RingAxis(shard.index, shard.count, SP, route)
         out, _ = ring_attention(queries, keys, ring, self.order, kernels.attention)
         return out.astype(x.q.dtype), (keys.k, keys.v)

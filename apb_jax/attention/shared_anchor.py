@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -37,7 +36,7 @@ def anchor_edge(rows: Float[Array, "B R F"], anchor: int, count: int, shard: Sha
     wanted = jnp.arange(anchor - count, anchor, dtype=jnp.int32) - shard.index * rows.shape[1]
     mine = (wanted >= 0) & (wanted < rows.shape[1])
     found = jnp.take(rows, jnp.clip(wanted, 0, rows.shape[1] - 1), axis=1)
-    return jax.lax.psum(jnp.where(mine[None, :, None], found, jnp.zeros_like(found)), shard.axis)
+    return shard.placement.psum(jnp.where(mine[None, :, None], found, jnp.zeros_like(found)))
 
 
 def gather_with_anchor(
@@ -45,7 +44,7 @@ def gather_with_anchor(
 ) -> tuple[Float[Array, "B A K E"], Float[Array, "B NP K E"]]:
     """The whole anchor and all shards' selections, in shard order, by one ``all_gather``."""
     rows = part.shape[1]
-    everything = jax.lax.all_gather(jnp.concatenate([part, selected], axis=1), shard.axis, axis=1)  # [B, N, R+P, K, E]
+    everything = shard.placement.all_gather(jnp.concatenate([part, selected], axis=1), axis=1)  # [B, N, R+P, K, E]
     whole, chosen = everything[:, :, :rows], everything[:, :, rows:]
     flat = lambda a: a.reshape(a.shape[0], -1, *a.shape[3:])  # noqa: E731
     return flat(whole)[:, :anchor], flat(chosen)

@@ -46,6 +46,7 @@ class Spava(AttentionMethod):
     pool: int = 5
 
     name: ClassVar[str] = "spava"
+    shards_alone: ClassVar[int] = 8
     can: ClassVar[Capabilities] = Capabilities(
         exact=False, paper="Spava, arXiv 2601.21444", needs_query_in_prefill=True, remaps_positions=False
     )
@@ -164,7 +165,7 @@ class Spava(AttentionMethod):
         def exchange(s: Array, keys: Array, values: Array) -> Array:
             """Everybody's selection, [B, N, P, K, 2D]."""
             _, k_sel, v_sel = select_topk(s, keys, values, p)
-            return jax.lax.all_gather(jnp.concatenate([k_sel, v_sel], axis=-1), shard.axis, axis=1)
+            return shard.placement.all_gather(jnp.concatenate([k_sel, v_sel], axis=-1), axis=1)
 
         first = exchange(scores[:, :block], k1, v1)
         second = exchange(scores[:, block:], k2, v2)

@@ -33,6 +33,7 @@ class Star(AttentionMethod):
     anchor_tokens: int | None = None
 
     name: ClassVar[str] = "star"
+    shards_alone: ClassVar[int] = 8
     can: ClassVar[Capabilities] = Capabilities(
         exact=False, paper="Star Attention, arXiv 2411.17116", tested=("exact limit", "shards agree", "recordings")
     )

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -90,7 +89,7 @@ class StarX(Star):
         inside = (jnp.arange(keys.shape[1], dtype=jnp.int32) < anchor[:, None])[..., None, None]
         total = jnp.where(inside, keys.astype(jnp.float32), 0.0).sum(axis=1, keepdims=True)
         mean = total / jnp.maximum(anchor, 1).astype(jnp.float32)[:, None, None, None]
-        sigma = jax.lax.psum(jnp.where(shard.index == 0, mean, 0.0), shard.axis)
+        sigma = shard.placement.psum(jnp.where(shard.index == 0, mean, 0.0))
         # The scorer sees at most as many keys as query rows; on the last shard the query's own keys stand in the cache.
         tail_rows = jnp.where(shard.index == shard.count - 1, cached.tail_offset + cached.rows, 0)
         width = q.shape[1]
@@ -98,7 +97,7 @@ class StarX(Star):
         scored = _append(scored, cached.tail[0].astype(jnp.float32), cached.kept_tokens + 1)
         raw = shard_weight(q, scored, cached.rows, 1 + cached.kept_tokens + tail_rows, self.stride)
         # The exact merge with another weight: one score per head stands where each row's log-sum-exp would.
-        return merge_shards(out, jnp.broadcast_to(raw[..., None], lse.shape), shard.axis).astype(q.dtype)
+        return merge_shards(out, jnp.broadcast_to(raw[..., None], lse.shape), shard.placement).astype(q.dtype)
 
 
 def _append(

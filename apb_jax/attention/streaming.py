@@ -109,4 +109,4 @@ class Streaming(AttentionMethod):
             part(q, document, oldest, stop),
             part(q, cached.tail, tail_first, cached.tail_offset[:, None] + row + 1),
         ]
-        return merge_shards(*merge_partials(parts), shard.axis).astype(q.dtype)
+        return merge_shards(*merge_partials(parts), shard.placement).astype(q.dtype)

@@ -22,6 +22,7 @@ from apb_jax.attention.layout import Layout, chunk_layout
 from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.attention.ring import RingAxis, ring_attention, ring_order
 from apb_jax.errors import UserError
+from apb_jax.mesh import SP
 
 
 def ring_shards_for(heads: int, shards: int) -> int:
@@ -68,12 +69,6 @@ class Ulysses(AttentionMethod):
                 f"ring_shards {ring} of {shards} shards leaves groups that {heads} query heads cannot be split over; "
                 f"nearest legal choice: ring_shards {nearest}"
             )
-        least = ring_shards_for(heads, shards)
-        if setup.virtual and (least if ring is None else ring) > 1:
-            return (
-                f"ulysses on {shards} shards exchanges heads within groups of devices, which virtual shards lack; "
-                f"nearest legal choice: {'ring_shards 1' if least == 1 else '--method ring'}"
-            )
         return super().refuse(setup, options)
 
     @classmethod
@@ -105,7 +100,7 @@ class Ulysses(AttentionMethod):
         sent += [split(a[:, :, slots.reshape(-1)]) for a in (keys.k, keys.v)]
         message = jnp.concatenate(sent, axis=3)
         if parts > 1:
-            message = jax.lax.all_to_all(message, shard.axis, 2, 1, axis_index_groups=index_groups)
+            message = jax.lax.all_to_all(message, SP, 2, 1, axis_index_groups=index_groups)
         else:
             message = jnp.moveaxis(message, 2, 1)
 
@@ -116,7 +111,7 @@ class Ulysses(AttentionMethod):
 
         places = None
         if queries.positions is not None:
-            places = jax.lax.all_gather(queries.positions, shard.axis, axis=1, axis_index_groups=index_groups)
+            places = jax.lax.all_gather(queries.positions, SP, axis=1, axis_index_groups=index_groups)
             places = in_order(places)
         own, width = heads // parts, slots.shape[1]
         cuts = np.cumsum([own] * (1 if queries.far is None else 2) + [width])
@@ -125,7 +120,7 @@ class Ulysses(AttentionMethod):
         ring = RingAxis(
             shard.index // parts,
             self.ring_shards,
-            shard.axis,
+            SP,
             [(i, (i + parts) % shard.count) for i in range(shard.count)],
         )
         order = "plain" if pieces == 1 else "zigzag"
@@ -133,7 +128,7 @@ class Ulysses(AttentionMethod):
         out = out.astype(x.q.dtype).reshape(batch, pieces, parts, rows // pieces, own, dim)
         out = jnp.swapaxes(out, 1, 2).reshape(batch, parts, rows, own, dim)
         if parts > 1:
-            out = jax.lax.all_to_all(out, shard.axis, 1, 2, axis_index_groups=index_groups)
+            out = jax.lax.all_to_all(out, SP, 1, 2, axis_index_groups=index_groups)
         else:
             out = jnp.moveaxis(out, 1, 2)
         return out.reshape(batch, rows, heads, dim), (keys.k, keys.v)

@@ -33,6 +33,6 @@ class Beside:
                 "compare with it in a run of one process"
             )
         if self._single is None:
-            alone = replace(first.settings, virtual_shards=1, slice_decode=False)
+            alone = replace(first.settings, shards=None, slice_decode=False)
             self._single = Engine(first.model, spec, make_mesh(1), settings=alone, beside=first)
         return self._single.with_method(spec)

@@ -25,7 +25,7 @@ from apb_jax.attention.method import AttentionMethod
 from apb_jax.mesh import SP, TP, to_host
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.heads import FoldedRetainingHead
-from apb_jax.prefill import PrefillRows
+from apb_jax.prefill import PrefillRows, each_shard
 from apb_jax.session import Session
 
 ROWS = 16
@@ -90,32 +90,37 @@ def recovered_mass(session: Session) -> RecoveredMass | None:
     """
     engine, programs, layout = session.engine, session.engine.programs, session.layout
     config, method = engine.model.config, session.method
-    if why_not(method, config, engine.shards) is not None:
+    if why_not(method, config, session.layout.shards) is not None:
         return None
     index, real = sample_rows(layout, config.head_dim)
-    inputs = PrefillRows(programs.place_rows(layout.positions), session.lengths)
+    placement = session.lengths.placement
+    inputs = PrefillRows(programs.place_rows(layout.positions, placement), session.lengths)
 
     def recover(weights: Any, tokens: Any, inputs: PrefillRows, sampled: Any) -> Any:
-        lengths = inputs.lengths
-        shard, model = lengths.shard(programs.shards), programs.model(weights)
+        lengths, model = inputs.lengths, programs.model(weights)
 
-        def attend(x: LayerInputs, shares: Any) -> tuple[Any, Any]:
+        def one_shard(x: LayerInputs, rows: Any) -> Any:
+            shard = lengths.shard()
             out, (k, _) = method.prefill(x, shard, programs.kernels)
             kept = (k, lengths.kept(shard), lengths.positions_of(shard))
-            found = layer_shares(method, x, kept, sampled, shard, programs.kernels)
+            return out, layer_shares(method, x, kept, rows, shard, programs.kernels)
+
+        def attend(x: LayerInputs, shares: Any) -> tuple[Any, Any]:
+            out, found = each_shard(placement, one_shard, x, sampled)
             return out, shares.at[x.layer].set(found)
 
         heads = config.num_heads // engine.mesh.shape[TP]
-        shares = jnp.zeros((config.num_layers, sampled.shape[0], heads, sampled.shape[1]), jnp.float32)
+        shares = jnp.zeros((config.num_layers, *sampled.shape, heads), jnp.float32)
         return model.run_layers(model.embed(tokens), inputs.positions, attend, shares, where=programs.where)[1]
 
     local = P(None, SP)
     specs = PrefillRows(local, P())  # type: ignore[arg-type]
-    make = lambda: programs.traced(recover, (programs.specs, local, specs, local), P(None, None, TP, SP))  # noqa: E731
-    args = (engine.state, programs.place_rows(layout.tokens), inputs, programs.place_rows(index))
-    shares = programs.call("recovered", method, make, args)
-    host = np.moveaxis(to_host(shares), 2, 1)[:, :, real.reshape(len(session.prompts), -1)]
-    return RecoveredMass(np.minimum(host, 1.0))
+    make = lambda: programs.traced(recover, (programs.specs, local, specs, local), P(None, None, SP, TP))  # noqa: E731
+    tokens, sampled = (programs.place_rows(a, placement) for a in (layout.tokens, index))
+    shares = programs.call("recovered", method, make, (engine.state, tokens, inputs, sampled))
+    chosen = real[:, placement.order_of_rows].reshape(len(session.prompts), -1)
+    host = to_host(shares)[:, chosen]  # [L, rows, H]
+    return RecoveredMass(np.minimum(np.moveaxis(host, 2, 1), 1.0))
 
 
 def layer_shares(
@@ -125,7 +130,7 @@ def layer_shares(
     rows: Int[Array, "B R"],
     shard: Shard,
     kernels: Kernels,
-) -> Float[Array, "B H R"]:
+) -> Float[Array, "B R H"]:
     """Shares of the local ``rows`` in one layer, float32, inside ``shard_map``; not cut off at 1.
 
     ``block``: its keys (rotated), how many of them exist, and their positions. Memory: the scores of R rows against the
@@ -146,7 +151,7 @@ def layer_shares(
     scale = jnp.float32(q.shape[3] ** -0.5)
     q = q.reshape(*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[3])
     own = product("brkgd,brkd->brkg", q, k) * scale
-    gather = lambda y: jax.lax.all_gather(y, shard.axis, axis=1, tiled=True)  # noqa: E731
+    gather = lambda y: shard.placement.all_gather(y, axis=1, tiled=True)  # noqa: E731
     exists = jnp.arange(k_kept.shape[1], dtype=jnp.int32) < kept[:, None]
     keys, places = gather(k_kept), gather(jnp.where(exists, kept_positions, jnp.iinfo(jnp.int32).max))
     scores = product("brkgd,bckd->brkgc", q, keys) * scale
@@ -154,4 +159,4 @@ def layer_shares(
     visible = places[:, None] <= position[..., None]  # [B, R, C]
     scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
     full = jnp.exp(own - jax.nn.logsumexp(scores, axis=-1)).reshape(weight.shape)
-    return jnp.moveaxis(full / weight, 1, 2)
+    return full / weight

@@ -51,12 +51,13 @@ def received(name: str, sent: int, made: int, members: int) -> float:
 
 def layer_traffic(engine: Engine, method: AttentionMethod, prompts: list[Prompt]) -> Traffic:
     """Of ``method`` on the engine's shards for these prompts; traced with shapes only, nothing runs."""
-    config, shards, dtype = engine.model.config, engine.shards, engine.model.dtype
+    placement = engine.placement
+    config, shards, dtype = engine.model.config, placement.shards, engine.model.dtype
     layout = method.layout(prompts, shards)
     batch, _, rows = layout.tokens.shape
     shape = jax.ShapeDtypeStruct
     cache = jax.eval_shape(lambda: DocumentCache.zeros(config, batch, layout.kept_capacity * shards, dtype))
-    lengths = Lengths.of(layout, np.asarray([len(p.query) for p in prompts], np.int32))
+    lengths = Lengths.of(layout, np.asarray([len(p.query) for p in prompts], np.int32), placement)
     hidden, places = shape((batch, rows * shards, config.hidden_size), dtype), shape((batch, rows * shards), np.int32)
     program = layers_program(engine.programs, method, 1)
     rows_in = PrefillRows(places, lengths)  # type: ignore[arg-type]
@@ -72,5 +73,5 @@ def layer_traffic(engine: Engine, method: AttentionMethod, prompts: list[Prompt]
             sent, made = (sum(v.aval.size * v.aval.dtype.itemsize for v in side) for side in
                           (equation.invars, equation.outvars))  # fmt: skip
             groups = equation.params.get("axis_index_groups")
-            total += received(name, sent, made, len(groups[0]) if groups else shards)
+            total += received(name, sent, made, len(groups[0]) if groups else placement.devices)
     return Traffic(dict(counts), round(total))

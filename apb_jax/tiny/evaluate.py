@@ -101,9 +101,9 @@ def shards_of(name: str, shards: int) -> int:
 
 
 def make_engine(model: Any, shards: int) -> apb_jax.Engine:
-    """An engine on ``shards`` devices, or on one device with virtual shards where there is only one."""
+    """An engine on ``shards`` devices, or on one device with all of them where there is only one."""
     if len(jax.devices()) == 1:
-        return apb_jax.Engine(model, "full", apb_jax.make_mesh(sp=1), virtual_shards=shards)
+        return apb_jax.Engine(model, "full", apb_jax.make_mesh(sp=1), shards=shards)
     return apb_jax.Engine(model, "full", apb_jax.make_mesh(sp=shards))
 
 

@@ -278,8 +278,8 @@ def test_first_rows_of_the_document_are_never_passed(model: Any) -> None:
 @pytest.mark.parametrize(
     "method", [apb_jax.APB(24, 16, query_at=3), apb_jax.APB(24, 16, query_at=3, scorer="query"), apb_jax.Full()]
 )
-def test_virtual_shards_on_one_device_agree_with_a_mesh(model: Any, method: Any) -> None:
-    virtual = apb_jax.Engine(model, method, apb_jax.make_mesh(sp=1), virtual_shards=4)
+def test_shards_on_one_device_agree_with_a_mesh(model: Any, method: Any) -> None:
+    virtual = apb_jax.Engine(model, method, apb_jax.make_mesh(sp=1), shards=4)
     got = virtual.generate([DOCUMENT, DOCUMENT[:190]], QUERY, 4, stop_ids=(), logits=True)
     want = (
         engine_on(model, 4).with_method(method).generate([DOCUMENT, DOCUMENT[:190]], QUERY, 4, stop_ids=(), logits=True)

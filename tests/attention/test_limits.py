@@ -218,18 +218,9 @@ def test_string_is_refused_where_it_does_not_compose(name: str) -> None:
         apb_jax.Engine(string_model(40, 8, 1.0), apb_jax.MethodSpec(name), apb_jax.make_mesh(sp=1))
 
 
-@pytest.mark.parametrize(
-    ("options", "shards", "nearest"),
-    [({}, 8, "--method ring"), ({"ring_shards": 2}, 8, "--method ring"), ({"ring_shards": 2}, 4, "ring_shards 1")],
-)
-def test_hybrid_ulysses_is_refused_on_virtual_shards(options: dict[str, Any], shards: int, nearest: str) -> None:
-    with pytest.raises(UserError, match=f"which virtual shards lack; nearest legal choice: {nearest}"):
-        apb_jax.Engine(model(), apb_jax.MethodSpec("ulysses", options), apb_jax.make_mesh(sp=1), virtual_shards=shards)
-
-
-def test_one_shard_methods_on_virtual_shards_name_the_flag_to_change() -> None:
-    with pytest.raises(UserError, match="runs on one shard, here are 4; nearest legal choice: --virtual-shards 1"):
-        apb_jax.Engine(model(), "infllm", apb_jax.make_mesh(sp=1), virtual_shards=4)
+def test_one_shard_methods_on_several_shards_name_the_flag_to_change() -> None:
+    with pytest.raises(UserError, match="runs on one shard, here are 4; nearest legal choice: --shards 1"):
+        apb_jax.Engine(model(), "infllm", apb_jax.make_mesh(sp=1), shards=4)
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
@@ -252,9 +243,7 @@ def test_equals_full_is_said_where_the_limits_are() -> None:
 def test_a_method_that_is_full_attention_says_so_in_the_answer() -> None:
     """Whoever asks: by name on one shard, or as an object whose budget holds the document."""
     got = answer("apb", 1)
-    assert got.notes == (
-        "apb is plain full attention here: one shard; --virtual-shards 8 splits the document on one device",
-    )
+    assert got.notes == ("apb is plain full attention here: one shard; --shards 8 splits the document on one device",)
     got = answer(method("streaming", sink_tokens=0, window_tokens=256), 1)
     assert got.notes == (
         "streaming is plain full attention here: sinks and window, 256 tokens together, hold the whole document",

@@ -69,7 +69,7 @@ def test_answers_report_what_ran(system_of):
 
 
 def test_virtual_shards_answer_like_devices(system_of, folder):
-    virtual = connect(SystemSpec(str(folder), ("apb",), {}, "random", None, None, None, 1, virtual_shards=2))("apb")
+    virtual = connect(SystemSpec(str(folder), ("apb",), {}, "random", None, None, None, 1, shards=2))("apb")
     document = NOVEL.read_text()[:2000]
     got, want = (system.generate(document, "\nWho is it?", 4) for system in (virtual, system_of("apb")))
     assert got.text == want.text

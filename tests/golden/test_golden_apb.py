@@ -19,6 +19,7 @@ import apb_jax
 from apb_jax.attention.decode import attend_shard, decode_sharded
 from apb_jax.attention.inputs import Kernels
 from apb_jax.attention.layout import Layout
+from apb_jax.attention.placement import Placement
 from apb_jax.cache import DocumentCache, TailCache
 from apb_jax.mesh import SP
 from apb_jax.model.layers import rms_norm
@@ -77,12 +78,16 @@ def record_prefill(case: Case) -> tuple[list[dict[str, np.ndarray]], np.ndarray,
     prompt = engine.prompt(case.document, case.query)
     layout = method.layout([prompt], case.hosts)
     lengths = Lengths(
-        layout.block_rows, layout.document_tokens, layout.embedded_query_tokens, np.asarray([len(case.query)], np.int32)
+        layout.block_rows,
+        layout.document_tokens,
+        layout.embedded_query_tokens,
+        np.asarray([len(case.query)], np.int32),
+        placement=Placement(case.hosts),
     )
     slots = (case.hosts - 1) * method.passing_tokens
 
     def body(state: Any, tokens: Any, positions: Any, lengths: Lengths) -> Any:
-        shard, model = lengths.shard(case.hosts), engine.programs.model(state)
+        shard, model = lengths.shard(), engine.programs.model(state)
         limits = method.score_limits(shard, method.anchor_rows(shard))
 
         def attend(x: Any, _: Any) -> Any:
@@ -211,12 +216,14 @@ def test_apb_partials(replay: Any, name: str, reading: str) -> None:
     counts = np.asarray([rows], np.int32)
     old = session.lengths
     lengths = Lengths(
-        *(np.asarray(x) for x in (old.block_rows, old.document_tokens, old.embedded_query_tokens)), counts
+        *(np.asarray(x) for x in (old.block_rows, old.document_tokens, old.embedded_query_tokens)),
+        counts,
+        placement=Placement(case.hosts),
     )
     tail = TailCache.zeros(config, 1, rows, jnp.float32)
 
     def body(state: Any, tokens: Any, lengths: Lengths, cache: DocumentCache, tail: TailCache) -> Any:
-        shard, model = lengths.shard(case.hosts), engine.programs.model(state)
+        shard, model = lengths.shard(), engine.programs.model(state)
         positions = lengths.document_tokens[:, None] + jnp.arange(rows, dtype=jnp.int32)[None]
         zero = jnp.zeros((1,), jnp.int32)
         found = []

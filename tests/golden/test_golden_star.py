@@ -51,7 +51,7 @@ def test_phase_one(name: str) -> None:
     lengths = Lengths.of(layout, np.asarray([len(query)], np.int32))
 
     def body(state: Any, tokens: Any, positions: Any, lengths: Lengths) -> Any:
-        shard, model = lengths.shard(hosts), engine.programs.model(state)
+        shard, model = lengths.shard(), engine.programs.model(state)
         x, found = model.embed(tokens), []
         for layer in range(config.num_layers):
 

@@ -13,6 +13,7 @@ from helpers import GOLDEN, golden_cases
 from apb_jax.attention.attend import attend, project
 from apb_jax.attention.decode import attend_remapped
 from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs, Shard
+from apb_jax.attention.placement import Placement
 from apb_jax.attention.window import sliding_window
 from apb_jax.rope.base import rope_table
 from apb_jax.rope.from_hf import rope_from_hf
@@ -77,7 +78,7 @@ def test_decoding(name: str) -> None:
         pytest.skip(f"{name} records no decoding")
     rows = settings["seq"]
     one = jnp.ones((1,), jnp.int32)
-    shard = Shard(jnp.int32(0), rows * one, rows * one, 0 * one, one, 1, "sp")
+    shard = Shard(jnp.int32(0), rows * one, rows * one, 0 * one, one, Placement(1))
     _, prefix = project(inputs(arrays, rope, 0, rows))
     tail = project(inputs(arrays, rope, rows, rows + settings["n_decode"]))[1]
     for step in range(settings["n_decode"]):

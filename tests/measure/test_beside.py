@@ -11,7 +11,7 @@ from apb_jax.measure.beside import Beside
 @pytest.mark.parametrize("virtual", [False, True])
 def test_one_device_methods_run_beside_sharded_ones(virtual):
     mesh = apb_jax.make_mesh(sp=1 if virtual else 4)
-    first = apb_jax.Engine(apb_jax.load("tiny"), "full", mesh, virtual_shards=4 if virtual else 1)
+    first = apb_jax.Engine(apb_jax.load("tiny"), "full", mesh, shards=4 if virtual else 1)
     beside = Beside(first)
     engines = {name: beside.of(apb_jax.MethodSpec(name)) for name in ("apb", "streaming", "locret", "full")}
     assert {name: engine.shards for name, engine in engines.items()} == {

@@ -14,13 +14,13 @@ from jax.sharding import PartitionSpec as P
 from apb_jax.attention import APB, Kernels, MethodSpec
 from apb_jax.attention.inputs import LayerInputs, Shard
 from apb_jax.attention.method import AttentionMethod
+from apb_jax.attention.placement import Placement
 from apb_jax.attention.registry import METHODS
 from apb_jax.attention.streaming import Streaming
 from apb_jax.measure.recovered import ROWS, layer_shares, recovered_mass
 from apb_jax.mesh import SP, make_mesh
 from apb_jax.rope.base import rope_table
 from apb_jax.rope.default import DefaultRope
-from apb_jax.virtual import on_one_device
 
 DEFINED = [name for name in CASES if METHODS[name].can.true_positions]
 
@@ -102,11 +102,14 @@ def test_against_the_probabilities_of_a_window() -> None:
 
     def body(x: LayerInputs) -> Any:
         lengths = jnp.full((1,), rows, jnp.int32)
-        shard = Shard(jax.lax.axis_index(SP), lengths, lengths, 0 * lengths, 0 * lengths, 1, SP, (("block", rows),))
+        shard = Shard(
+            jax.lax.axis_index(SP), lengths, lengths, 0 * lengths, 0 * lengths, Placement(1), (("block", rows),)
+        )
         _, (kept, _) = chosen.prefill(x, shard, Kernels())
         return layer_shares(chosen, x, (kept, lengths, positions), sampled, shard, Kernels())
 
-    got = np.asarray(on_one_device(body, (P(),), P(None, None, SP), 1)(x))[0]
+    alone = jax.shard_map(body, mesh=make_mesh(sp=1), in_specs=(P(),), out_specs=P(), check_vma=False)
+    got = np.asarray(alone(x))[0].T
     turned_q, turned_k = (np.asarray(y, np.float64)[0] for y in x.rotated())
     for i, row in enumerate(np.asarray(sampled)[0]):
         for head in range(heads):
