@@ -69,6 +69,8 @@ def ids(seed: int, count: int, vocabulary: int = 96) -> list[int]:
 def count_collectives(jaxpr: Any) -> dict[str, int]:
     """How often each collective stands in a closed jaxpr, inner jaxprs included (the body of a scan once)."""
     names = (
-        equation.primitive.name.removesuffix("_invariant").removesuffix("2") for equation in equations(jaxpr.jaxpr)
+        equation.primitive.name.removesuffix("_invariant").removesuffix("2")
+        for equation in equations(jaxpr.jaxpr)
+        if not all(isinstance(axis, int) for axis in equation.params.get("axes", ("named",)))  # sums of one device
     )
     return dict(collections.Counter(name for name in names if name in COLLECTIVES))

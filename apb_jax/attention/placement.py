@@ -93,7 +93,7 @@ class Placement:
         return jnp.take(self.on_device(), jax.lax.axis_index(LOCAL))
 
     def all_gather(self, x: Array, *, axis: int, tiled: bool = False) -> Array:
-        """Every shard's ``x`` in shard order, stacked on ``axis``, or joined along it (``tiled``); one ``all_gather``."""
+        """Every shard's ``x`` in shard order, stacked on ``axis`` or joined (``tiled``); one ``all_gather``."""
         if self.local == 1:
             return jax.lax.all_gather(x, SP, axis=axis, tiled=tiled)
         parts = jax.lax.all_gather(x, LOCAL, axis=0)
