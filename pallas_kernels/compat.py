@@ -55,5 +55,5 @@ def load_smem(ref: Any, layout: Any) -> jax.Array:
 
 
 def cuda_runtime_version() -> int | None:
-    """1000 x major + 10 x minor of the CUDA runtime that JAX was installed with, for example 12090; None without one."""
+    """1000 x major + 10 x minor of the CUDA runtime beside JAX, for example 12090; None without one."""
     return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()

@@ -1,4 +1,4 @@
-"""Block-sparse attention on NVIDIA GPUs (8.0 and newer) in the Triton language; the device's half is `triton_kernel`."""
+"""Block-sparse attention on NVIDIA GPUs in the Triton language; the device's half is `triton_kernel`."""
 
 import math
 
@@ -42,11 +42,9 @@ def triton(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:
 
     _, rows, heads, dim = call.q.shape
     tiles, windows = call.tiles, call.tiles.starts.shape[-1]
-    columns, column_counts, most = tiles.columns, tiles.column_counts, 0
-    if columns is None or columns.shape[-1] == 0:  # the kernel takes pointers that it does not read
-        columns, column_counts = tiles.starts, tiles.counts
-    else:
-        most = columns.shape[-1]
+    columns, column_counts, most = tiles.starts, tiles.counts, 0  # pointers that the kernel then does not read
+    if tiles.columns is not None and tiles.column_counts is not None and tiles.columns.shape[-1]:
+        columns, column_counts, most = tiles.columns, tiles.column_counts, tiles.columns.shape[-1]
     launch = triton_launch.Launch(
         name="block_sparse_attention",
         kernel=block_sparse_rows,

@@ -66,7 +66,7 @@ def test_decode_offsets_are_clipped_to_what_changes_anything(offset):
     z = jnp.zeros((1, 3, 16, 8)), *[jnp.zeros((1, 20, 2, 8))] * 2
     call = decode_call(*z, 17, offset, None)
     assert call.causal_offset.tolist() == [20 if offset > 0 else -3]
-    out, lse = decode_attention(*z, 17, offset)
+    _, lse = decode_attention(*z, 17, offset)
     np.testing.assert_allclose(lse, np.log(17) if offset > 0 else -np.inf, rtol=1e-6)
 
 
