@@ -155,6 +155,26 @@ def test_select(rows, count, ties, implementation):
         np.testing.assert_array_equal(chosen, np.take_along_axis(np.asarray(source), index[..., None], axis=1))
 
 
+def test_triton_kernels_under_vmap():
+    """As virtual shards call them: bit for bit what each call alone gives; the bounds differ, a range is shared."""
+    q, k, v = (
+        jax.random.normal(jax.random.key(s), (4, 1, 200, h, 64), jnp.bfloat16) for s, h in ((0, 4), (1, 2), (2, 2))
+    )
+    starts, scores = jnp.asarray([0, 7, 64, 150]), jax.random.normal(jax.random.key(3), (4, 1, 200, 2))
+
+    def shard(q, k, v, start, scores):
+        rows = (RowSegment(200, start, 30, 400),)
+        attended = flash_attention(q, (k, shared), (v, shared), rows, implementation="triton")
+        return attended, select_topk(scores, k, v, 50, implementation="triton")
+
+    shared = k[0]
+    together = jax.jit(jax.vmap(shard))(q, k, v, starts, scores)
+    for n in range(4):
+        alone = jax.jit(shard)(q[n], k[n], v[n], starts[n], scores[n])
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_array_equal(a[n], b)
+
+
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
