@@ -5,18 +5,18 @@ import triton.language as tl
 
 
 @triton.jit
-def attend(q, k, v, acc, peak, total, visible, SCALE_LOG2: tl.constexpr, MASKED: tl.constexpr):
+def attend(q, k, v, acc, peak, total, visible, SCALE_LOG2: tl.constexpr):
     """One step of the online softmax in base 2 (FlashAttention-2, arXiv 2307.08691); q [R, D], k and v [T, D].
 
-    acc [R, D], peak [R] and total [R] are float32. ``visible`` [R, T] counts only where MASKED; keys that no row
-    sees must arrive as zeros.
+    acc [R, D], peak [R] and total [R] are float32. ``visible`` [R, T], or None where every row sees every key;
+    keys that no row sees must arrive as zeros.
     """
     scores = tl.dot(q, tl.trans(k)) * SCALE_LOG2
-    if MASKED:
+    if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
     shift = new_peak
-    if MASKED:
+    if visible is not None:
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     p = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(peak - shift)

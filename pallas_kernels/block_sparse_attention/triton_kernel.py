@@ -44,7 +44,7 @@ def block_sparse_rows(
         for first in tl.static_range(0, BLOCK_K, STEP_KEYS):
             offset = (start + first).to(tl.int64) * STRIDE
             k, v = tl.load(k_ptr + offset + in_window), tl.load(v_ptr + offset + in_window)
-            acc, peak, total = attend(q, k, v, acc, peak, total, None, SCALE_LOG2, False)
+            acc, peak, total = attend(q, k, v, acc, peak, total, None, SCALE_LOG2)
     for number in range(entire, count):
         start = tl.load(starts_ptr + entry * WINDOWS + number)
         for first in tl.static_range(0, BLOCK_K, STEP_KEYS):
@@ -55,7 +55,7 @@ def block_sparse_rows(
             k = tl.load(k_ptr + offset + in_window, mask=wanted[:, None], other=0.0)
             v = tl.load(v_ptr + offset + in_window, mask=wanted[:, None], other=0.0)
             visible = wanted[None, :] & (key[None, :] <= last_key[:, None])
-            acc, peak, total = attend(q, k, v, acc, peak, total, visible, SCALE_LOG2, True)
+            acc, peak, total = attend(q, k, v, acc, peak, total, visible, SCALE_LOG2)
     if COLUMNS > 0:
         used = tl.load(column_counts_ptr + entry)
         line = tl.arange(0, COLUMN_STEP)
@@ -66,7 +66,7 @@ def block_sparse_rows(
             k = tl.load(k_ptr + gathered, mask=wanted[:, None], other=0.0)
             v = tl.load(v_ptr + gathered, mask=wanted[:, None], other=0.0)
             visible = wanted[None, :] & (key[None, :] <= last_key[:, None])
-            acc, peak, total = attend(q, k, v, acc, peak, total, visible, SCALE_LOG2, True)
+            acc, peak, total = attend(q, k, v, acc, peak, total, visible, SCALE_LOG2)
     out, lse = finish(acc, peak, total, LOG2_E)
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=exists[:, None])
     tl.store(lse_ptr + (batch * HEADS + head) * ROWS + row, lse, mask=exists)

@@ -22,7 +22,7 @@ def _attend_range(
     for tile in range(head, head + full):
         offset = (first + tile * BLOCK_KEYS).to(tl.int64) * STRIDE
         k_tile, v_tile = tl.load(k + offset + place), tl.load(v + offset + place)
-        acc, peak, total = attend(q, k_tile, v_tile, acc, peak, total, None, SCALE_LOG2, False)
+        acc, peak, total = attend(q, k_tile, v_tile, acc, peak, total, None, SCALE_LOG2)
     for step in range(0, tiles - full):
         tile = tl.where(step < head, step, step + full)
         key = first + tile * BLOCK_KEYS + slot
@@ -33,7 +33,7 @@ def _attend_range(
         k_tile = tl.load(k + offset + place, mask=read[:, None], other=0.0)
         v_tile = tl.load(v + offset + place, mask=read[:, None], other=0.0)
         visible = read[None, :] & (number[None, :] < stop[:, None])
-        acc, peak, total = attend(q, k_tile, v_tile, acc, peak, total, visible, SCALE_LOG2, True)
+        acc, peak, total = attend(q, k_tile, v_tile, acc, peak, total, visible, SCALE_LOG2)
     return acc, peak, total
 
 
