@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
-from pallas_kernels.retaining_score import retaining_score
 from pallas_kernels.select import select_topk
 from pallas_kernels.skinny_matmul import skinny_matmul
 
@@ -29,12 +28,6 @@ def flash(implementation):
 def decode(implementation):
     q, k, v = normal(0, 1, 1, 8, 64), normal(1, 3, 1, 600, 2, 64), normal(2, 3, 1, 600, 2, 64)
     return decode_attention(q, k, v, 577, layer=1, implementation=implementation)
-
-
-def score(implementation):
-    marks = {"dead_rows": 3, "masked_rows": 20, "valid_rows": 290}
-    x, w1, w2 = normal(0, 1, 300, 128), normal(1, 128, 256), normal(2, 256, 8)
-    return retaining_score(x, w1, w2, implementation=implementation, **marks)
 
 
 def select(implementation):
@@ -58,7 +51,6 @@ def sparse(implementation):
 KERNELS = {
     "flash_mosaic": (flash, "mosaic_gpu"),
     "decode_mosaic": (decode, "mosaic_gpu"),
-    "score_mosaic": (score, "mosaic_gpu"),
     "skinny_mosaic": (skinny, "mosaic_gpu"),
     "flash_triton": (flash, "triton"),
     "select_triton": (select, "triton"),

@@ -6,6 +6,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax._src.lib import cuda_versions
 
 JAX_VERSION = jax.__version_info__
 
@@ -51,3 +52,8 @@ def load_smem(ref: Any, layout: Any) -> jax.Array:
     if JAX_VERSION < (0, 11):
         return plgpu.load(ref, (), layout=layout)
     return plgpu.load(ref, layout=layout)  # type: ignore[call-arg]
+
+
+def cuda_runtime_version() -> int | None:
+    """1000 x major + 10 x minor of the CUDA runtime beside JAX, for example 12090; None without one."""
+    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import jax
 
+from pallas_kernels.compat import cuda_runtime_version
+
 _assumed: contextvars.ContextVar["Device | None"] = contextvars.ContextVar("assumed_device", default=None)
 
 
@@ -60,6 +62,9 @@ def refuse_before_ampere(device: Device) -> str | None:
     return None
 
 
+MISCOMPILING_CUDA = range(12080, 12091)  # CUDA 12.8.0 to 12.9.0; JAX's own attention_mgpu refuses the same
+
+
 def refuse_unless_hopper(device: Device) -> str | None:
     """The reason why a Hopper kernel (wgmma, TMA) cannot run on ``device``, or None if it can."""
     if device.platform != "gpu" or device.compute_capability is None:
@@ -67,4 +72,7 @@ def refuse_unless_hopper(device: Device) -> str | None:
     if device.compute_capability[0] != 9:
         major, minor = device.compute_capability
         return f"needs compute capability 9.0 (Hopper), {device.name} has {major}.{minor}"
+    if (version := cuda_runtime_version()) is not None and version in MISCOMPILING_CUDA:
+        found = f"{version // 1000}.{version % 1000 // 10}"
+        return f"is refused under CUDA {found}: ptxas 12.8.0 to 12.9.0 miscompiles masks; `pip install jax[cuda13]`"
     return None

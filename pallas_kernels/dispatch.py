@@ -1,6 +1,8 @@
 """Choosing an implementation: by name, without fallback, or the first of an ordered list that accepts."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +24,38 @@ class Implementation:
     automatic: bool = True
 
 
+_recorders: contextvars.ContextVar[tuple[dict[str, set[str]], ...]] = contextvars.ContextVar("recorders", default=())
+
+
+@contextlib.contextmanager
+def record_choices() -> Iterator[dict[str, set[str]]]:
+    """Inside, every choice is noted: ``{op: {names of implementations}}``, filled while programs are traced.
+
+    A program that JAX has already traced chooses nothing again, so record where it is traced first.
+    """
+    seen: dict[str, set[str]] = {}
+    token = _recorders.set((*_recorders.get(), seen))
+    try:
+        yield seen
+    finally:
+        _recorders.reset(token)
+
+
 def choose(op: str, implementations: Sequence[Implementation], name: str | None, call: Any) -> Implementation:
-    """The implementation called ``name``, or with None the first automatic one that accepts ``call``.
+    """The implementation called ``name``, or with None the first automatic one that accepts ``call``; recorded.
 
     Raises:
       KernelInputError: no implementation has that name.
       Unsupported: the named implementation refuses; another is never tried.
       ExceptionGroup: no automatic implementation accepts; it holds one Unsupported for each.
     """
+    chosen = _choose(op, implementations, name, call)
+    for seen in _recorders.get():
+        seen.setdefault(op, set()).add(chosen.name)
+    return chosen
+
+
+def _choose(op: str, implementations: Sequence[Implementation], name: str | None, call: Any) -> Implementation:
     here = device.current()
     if name is not None:
         for implementation in implementations:

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":  # Triton's own functions are made at its first import, by whomever
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Optimising tiny programs costs more than running them unoptimised.
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()

@@ -136,6 +136,8 @@ def test_files_and_functions_keep_their_size() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                if len([a for a in given if a.arg not in ("self", "cls")]) > WIDEST:
+                # A kernel for the GPU takes one pointer for each array and its constants: they cannot be grouped.
+                on_device = any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+                if len([a for a in given if a.arg not in ("self", "cls")]) > WIDEST and not on_device:
                     wide.append(f"{name}.{node.name}")
     assert len(wide) <= MOST_WIDE, wide

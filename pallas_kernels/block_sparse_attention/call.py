@@ -1,13 +1,14 @@
 """One validated call of block_sparse_attention."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import vary_together
 from pallas_kernels.errors import KernelInputError
+from pallas_kernels.flash_attention.rows import clip
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +61,10 @@ class BlockSparseCall:
 
 
 def make_call(q, k, v, tiles, block_q, block_k, causal_offset, scale) -> BlockSparseCall:
-    """Validate and let all arrays vary over the same mesh axes."""
-    offset = jnp.broadcast_to(jnp.asarray(causal_offset, jnp.int32), q.shape[:1])
+    """Validate, clip starts and offset to what changes anything, and let all arrays vary over the same mesh axes."""
+    keys = k.shape[1]
+    offset = jnp.broadcast_to(jnp.asarray(clip(causal_offset, -q.shape[1], keys), jnp.int32), q.shape[:1])
+    tiles = replace(tiles, starts=jnp.clip(tiles.starts, -block_k, keys))
     q, k, v, tiles, offset = vary_together((q, k, v, tiles, offset))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     return BlockSparseCall(q, k, v, tiles, block_q, block_k, offset, scale)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import vary_over, varying_axes
-from pallas_kernels.decode_attention import cudnn as cudnn_backend
 from pallas_kernels.decode_attention import mosaic_gpu as mosaic_backend
 from pallas_kernels.decode_attention.call import make_call
 from pallas_kernels.decode_attention.reference import reference
@@ -14,7 +13,6 @@ from pallas_kernels.dispatch import Implementation, accepts_all, choose
 IMPLEMENTATIONS = (
     Implementation("mosaic_gpu", mosaic_backend.mosaic_gpu, mosaic_backend.refuse),
     Implementation("xla", xla, accepts_all),
-    Implementation("cudnn", cudnn_backend.cudnn, cudnn_backend.refuse, automatic=False),
     Implementation("reference", reference, accepts_all, automatic=False),
 )
 

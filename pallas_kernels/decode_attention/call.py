@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.compat import vary_together
 from pallas_kernels.errors import KernelInputError
+from pallas_kernels.flash_attention.rows import clip
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,19 @@ class DecodeCall:
         return jnp.zeros_like(stop), stop
 
 
-def _per_batch(value: jax.Array | int, batch: int, name: str) -> jax.Array:
-    array = jnp.asarray(value, jnp.int32)
+def _per_batch(value: jax.Array | int, limits: tuple[int, int], batch: int, name: str) -> jax.Array:
+    array = jnp.asarray(clip(value, *limits), jnp.int32)
     if array.shape not in ((), (batch,)):
         raise KernelInputError(f"{name} has shape {array.shape}; it must be ({batch},)")
     return jnp.broadcast_to(array, (batch,))
 
 
 def make_call(q, k, v, lengths, causal_offset, scale, layer=None) -> DecodeCall:
-    """Validate, clip the lengths to T, and let all arrays vary over the same mesh axes."""
-    lengths = jnp.clip(_per_batch(lengths, q.shape[0], "lengths"), 0, k.shape[-3])
-    if causal_offset is not None:
-        causal_offset = _per_batch(causal_offset, q.shape[0], "causal_offset")
+    """Validate, clip lengths and offsets to what changes anything, and let all arrays vary over the same mesh axes."""
+    slots = k.shape[-3]
+    lengths = _per_batch(lengths, (0, slots), q.shape[0], "lengths")
+    if causal_offset is not None:  # callers pass a huge one where it hides nothing; the kernel multiplies it
+        causal_offset = _per_batch(causal_offset, (-q.shape[1], slots), q.shape[0], "causal_offset")
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     q, k, v, lengths, causal_offset, layer = vary_together((q, k, v, lengths, causal_offset, layer))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

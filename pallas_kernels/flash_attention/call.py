@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.compat import vary_together
 from pallas_kernels.errors import KernelInputError
-from pallas_kernels.flash_attention.rows import RowSegment, split_rows, static
+from pallas_kernels.flash_attention.rows import RowSegment, clipped, split_rows, static
 
 MAX_RANGES = 3
 
@@ -73,7 +73,7 @@ def make_call(
     rows: Sequence[RowSegment],
     scale: float | None,
 ) -> AttentionCall:
-    """Validate, drop empty ranges and segments, and let all arrays vary over the same mesh axes."""
+    """Validate, clip the bounds, drop empty ranges and segments, and let all arrays vary over the same mesh axes."""
     if not isinstance(k, (tuple, list)) or not isinstance(v, (tuple, list)):
         raise KernelInputError("k and v must be tuples of ranges, for one range k=(k,), v=(v,)")
     call = AttentionCall(
@@ -84,7 +84,7 @@ def make_call(
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
     )
     kept = [i for i, key in enumerate(call.k) if key.shape[1]] or [0]
-    segments = tuple(segment for segment in call.rows if segment.rows)
+    segments = tuple(clipped(segment, call.keys) for segment in call.rows if segment.rows)
     dynamic, rebuild = split_rows(segments)
     q, ks, vs, dynamic = vary_together((q, [call.k[i] for i in kept], [call.v[i] for i in kept], dynamic))
     return replace(call, q=q, k=tuple(ks), v=tuple(vs), rows=rebuild(dynamic))

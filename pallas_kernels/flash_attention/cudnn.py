@@ -141,10 +141,11 @@ def _attend_piece(call: AttentionCall, piece: Piece) -> tuple[jax.Array, jax.Arr
     k, v = jnp.where(read, k, jnp.zeros_like(k)), jnp.where(read, v, jnp.zeros_like(v))
     out, lse = _attention(q, k, v, call.scale, mask, jnp.maximum(length, 1))
     seen = length[:, None, None] > 0
-    lse = jnp.where(seen, lse, -jnp.inf)
+    out, lse = jnp.where(seen[..., None], out, jnp.zeros_like(out)), jnp.where(seen, lse, -jnp.inf)
     if broken is not None:
-        lse = jnp.where(broken[:, None, None], jnp.nan, lse)
-    return jnp.where(seen[..., None], out, jnp.zeros_like(out)), lse
+        broken = broken[:, None, None]
+        out, lse = (jnp.where(a, jnp.full_like(b, jnp.nan), b) for a, b in ((broken[..., None], out), (broken, lse)))
+    return out, lse
 
 
 def _merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:

@@ -39,6 +39,23 @@ def static(bound: Bound) -> int | None:
     return None
 
 
+def clip(bound: Bound, low: int, high: int) -> Bound:
+    """The bound between ``low`` and ``high``; an int stays an int, and may be wider than 32 bits."""
+    if (known := static(bound)) is not None:
+        return min(max(known, low), high)
+    return jnp.clip(jnp.asarray(bound, jnp.int32), low, high)
+
+
+def clipped(segment: RowSegment, keys: int) -> RowSegment:
+    """The same rule in bounds with which 32-bit sums stay exact: beyond these limits nothing changes."""
+    return RowSegment(
+        segment.rows,
+        start=clip(segment.start, 0, keys),
+        offset=clip(segment.offset, -segment.rows, keys),
+        end=clip(segment.end, 0, keys),
+    )
+
+
 def per_batch(bound: Bound, batch: int) -> jax.Array:
     """The bound as int32 [B]."""
     array = jnp.asarray(bound, jnp.int32)
@@ -64,9 +81,9 @@ def split_rows(rows: Sequence[RowSegment]) -> tuple[list[jax.Array], Callable[[S
 def row_bounds(rows: Sequence[RowSegment], batch: int, keys: int) -> tuple[jax.Array, jax.Array]:
     """First key and end of each row's interval: two int32 [B, S]; a row that sees nothing has first >= end."""
     first, stop = [], []
-    for segment in rows:
+    for segment in (clipped(segment, keys) for segment in rows):
         start, offset, end = (per_batch(b, batch)[:, None] for b in (segment.start, segment.offset, segment.end))
         index = jnp.arange(segment.rows, dtype=jnp.int32)[None]
-        first.append(jnp.broadcast_to(jnp.maximum(start, 0), (batch, segment.rows)))
-        stop.append(jnp.minimum(jnp.minimum(end, keys), offset + index + 1))
+        first.append(jnp.broadcast_to(start, (batch, segment.rows)))
+        stop.append(jnp.minimum(end, offset + index + 1))
     return jnp.concatenate(first, axis=1), jnp.concatenate(stop, axis=1)

@@ -1,23 +1,18 @@
-"""Row-interval attention in Pallas Triton: for NVIDIA GPUs before Hopper (compute capability 8.0 and newer).
+"""Row-interval attention in the Triton language: for NVIDIA GPUs before Hopper (compute capability 8.0 and newer).
 
-FlashAttention-2's organisation (arXiv 2307.08691): one program for 128 rows of one head, one loop per range.
+FlashAttention-2's organisation (arXiv 2307.08691); the device's half is `triton_kernel`.
 """
 
-import functools
 import math
 
 import jax
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.triton as plt
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.compat import array_type
+from pallas_kernels import triton_launch
 from pallas_kernels.device import Device, refuse_before_ampere
 from pallas_kernels.flash_attention import work
 from pallas_kernels.flash_attention.call import AttentionCall
 from pallas_kernels.flash_attention.recompute import with_recomputed_gradient
-from pallas_kernels.flash_attention.work import BLOCK_ROWS
 
 BLOCK_KEYS = 64
 LOG2_E = math.log2(math.e)
@@ -25,7 +20,7 @@ LOG2_E = math.log2(math.e)
 
 def refuse(call: AttentionCall, device: Device) -> str | None:
     """Why the kernel cannot serve the call on the device, or None if it can."""
-    if reason := refuse_before_ampere(device):
+    if reason := refuse_before_ampere(device) or triton_launch.refuse(device):
         return reason
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, q has {call.q.dtype}"
@@ -34,72 +29,38 @@ def refuse(call: AttentionCall, device: Device) -> str | None:
     return None
 
 
-def _kernel(table, q_ref, *refs, lengths, scale, group, dim):
-    ranges = len(lengths)
-    k_refs, v_refs, (out_ref, lse_ref) = refs[:ranges], refs[ranges : 2 * ranges], refs[2 * ranges :]
-    head, block, batch = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    kv_head = head // group
-    start, first_stop, end, last_stop, row = (plt.load(table.at[batch, block, i]) for i in range(5))
-    every = pl.ds(0, dim)
-    q = plt.load(q_ref.at[batch, pl.ds(row, BLOCK_ROWS), head, every])
-    stop = jnp.minimum(end, first_stop + jnp.arange(BLOCK_ROWS, dtype=jnp.int32))[:, None]
-
-    def attend(tile, carry, base, first, length, k_ref, v_ref):
-        acc, peak, total = carry
-        key = first + tile * BLOCK_KEYS + jnp.arange(BLOCK_KEYS, dtype=jnp.int32)
-        number = base + key
-        read = (key < length) & (number >= start) & (number < last_stop)
-        window = batch, pl.ds(first + tile * BLOCK_KEYS, BLOCK_KEYS), kv_head, every
-        # Unread slots may hold NaN; as zeros they cannot pass it on.
-        k, v = (plt.load(ref.at[window], mask=read[:, None], other=0.0) for ref in (k_ref, v_ref))
-        scores = jnp.dot(q, k.T, preferred_element_type=jnp.float32) * (scale * LOG2_E)
-        scores = jnp.where(read[None, :] & (number[None, :] < stop), scores, -jnp.inf)
-        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
-        shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-        p, decay = jnp.exp2(scores - shift[:, None]), jnp.exp2(peak - shift)
-        update = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return acc * decay[:, None] + update, new_peak, total * decay + jnp.sum(p, axis=1)
-
-    carry = (
-        jnp.zeros((BLOCK_ROWS, dim), jnp.float32),
-        jnp.full((BLOCK_ROWS,), -jnp.inf, jnp.float32),
-        jnp.zeros((BLOCK_ROWS,), jnp.float32),
-    )
-    for number, length in enumerate(lengths):
-        column = work.RANGE_COLUMNS + 4 * number
-        first, tiles = plt.load(table.at[batch, block, column]), plt.load(table.at[batch, block, column + 3])
-        step = functools.partial(
-            attend, base=sum(lengths[:number]), first=first, length=length, k_ref=k_refs[number], v_ref=v_refs[number]
-        )
-        carry = lax.fori_loop(0, tiles, step, carry)
-    acc, peak, total = carry
-    seen = total > 0
-    safe = jnp.where(seen, total, 1.0)
-    out = jnp.where(seen[:, None], acc / safe[:, None], 0.0).astype(out_ref.dtype)
-    plt.store(out_ref.at[batch, pl.ds(row, BLOCK_ROWS), head, every], out)
-    lse = jnp.where(seen, (peak + jnp.log2(safe)) / LOG2_E, -jnp.inf)
-    plt.store(lse_ref.at[batch, head, pl.ds(row, BLOCK_ROWS)], lse)
-
-
 def forward(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """out [B, S, H, D] in q's dtype and lse_nat float32 [B, H, S]; not differentiable."""
+    from pallas_kernels.flash_attention.triton_kernel import flash_attention_rows
+
     q = work.pad_segments(call.q, call.rows)
-    batch, rows, heads, dim = q.shape
+    _, rows, heads, dim = q.shape
     table = work.work_table(call, BLOCK_KEYS)
-    kernel = functools.partial(
-        _kernel,
-        lengths=tuple(key.shape[1] for key in call.k),
-        scale=call.scale,
-        group=heads // call.kv_heads,
-        dim=dim,
-    )
-    out, lse = pl.pallas_call(
-        kernel,
-        out_shape=(array_type(q.shape, q.dtype, q), array_type((batch, heads, rows), jnp.float32, q)),
-        grid=(heads, table.shape[1], batch),
-        compiler_params=plt.CompilerParams(num_warps=8 if dim > 64 else 4, num_stages=2),
+    missing = 3 - len(call.k)  # the kernel takes three ranges; those of length 0 are not read
+    pairs = [*zip(call.k, call.v, strict=True), *[(call.k[0], call.v[0])] * missing]
+    lengths = [key.shape[1] for key in call.k] + [0] * missing
+    launch = triton_launch.Launch(
         name="flash_attention_rows",
-    )(table, q, *call.k, *call.v)
+        kernel=flash_attention_rows,
+        blocks=(heads, table.shape[1]),
+        outputs=((q.shape[1:], q.dtype), ((heads, rows), jnp.float32)),
+        num_warps=8 if dim > 64 else 4,
+        num_stages=2,
+        constants={
+            **{f"LENGTH{number}": length for number, length in enumerate(lengths)},
+            "ROWS": rows,
+            "HEADS": heads,
+            "KV_HEADS": call.kv_heads,
+            "DIM": dim,
+            "BLOCK_ROWS": work.BLOCK_ROWS,
+            "BLOCK_KEYS": BLOCK_KEYS,
+            "TABLE_COLUMNS": table.shape[2],
+            "RANGE_COLUMNS": work.RANGE_COLUMNS,
+            "SCALE_LOG2": call.scale * LOG2_E,
+            "LOG2_E": LOG2_E,
+        },
+    )
+    out, lse = triton_launch.call(launch, table, q, *(array for pair in pairs for array in pair))
     return work.unpad_segments(out, call.rows, 1), work.unpad_segments(lse, call.rows, 2)
 
 

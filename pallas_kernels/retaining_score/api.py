@@ -3,13 +3,11 @@
 import jax
 
 from pallas_kernels.dispatch import Implementation, accepts_all, choose
-from pallas_kernels.retaining_score import mosaic_gpu as mosaic_backend
 from pallas_kernels.retaining_score.call import make_call
 from pallas_kernels.retaining_score.reference import reference
 from pallas_kernels.retaining_score.xla import xla
 
 IMPLEMENTATIONS = (
-    Implementation("mosaic_gpu", mosaic_backend.mosaic_gpu, mosaic_backend.refuse, automatic=False),
     Implementation("xla", xla, accepts_all),
     Implementation("reference", reference, accepts_all, automatic=False),
 )

@@ -10,7 +10,7 @@ from pallas_kernels.select.reference import reference
 from pallas_kernels.select.xla import xla
 
 IMPLEMENTATIONS = (
-    Implementation("triton", triton_backend.triton, triton_backend.refuse, automatic=False),
+    Implementation("triton", triton_backend.triton, triton_backend.refuse),
     Implementation("xla", xla, accepts_all),
     Implementation("reference", reference, accepts_all, automatic=False),
 )

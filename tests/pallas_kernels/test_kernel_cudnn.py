@@ -57,8 +57,19 @@ def test_a_static_start_inside_a_triangle_is_refused(fake_cudnn):
 def test_a_run_time_start_inside_a_triangle_is_nan_not_wrong(fake_cudnn):
     q, k, v = (jnp.ones((1, 8, n, 16), jnp.bfloat16) for n in (4, 2, 2))
     rows = (RowSegment(8, jnp.int32(3), 0, 8),)
-    _, lse = flash_attention(q, (k,), (v,), rows, implementation="cudnn")
+    out, lse = flash_attention(q, (k,), (v,), rows, implementation="cudnn")
     assert jnp.isnan(lse).all()
+    assert jnp.isnan(out).all()
+
+
+def test_nan_survives_the_merge_with_other_ranges(fake_cudnn):
+    """A start at run time inside the triangle of the second range: its rows are NaN, the other segment's are not."""
+    q, *kv = (jnp.ones((1, n, h, 16), jnp.bfloat16) for n, h in ((16, 4), (8, 2), (8, 2)))
+    rows = (RowSegment(8, 0, 0, 8), RowSegment(8, jnp.int32(11), 8, 16))
+    out, lse = flash_attention(q, tuple(kv), tuple(kv), rows, implementation="cudnn")
+    assert jnp.isnan(out[:, 8:]).all()
+    assert jnp.isnan(lse[:, :, 8:]).all()
+    assert jnp.isfinite(out[:, :8].astype(jnp.float32)).all()
 
 
 def test_plain_causal_attention_is_one_differentiable_call(fake_cudnn, monkeypatch):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, LONG_CASES, Case, apb_case, check, error, make_inputs
+from attention_cases import CASES, LONG_CASES, Case, apb_case, check, error, exact, make_inputs
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import KernelInputError, Unsupported
@@ -13,6 +13,7 @@ from pallas_kernels.flash_attention import RowSegment, flash_attention, xla_chun
 from pallas_kernels.flash_attention.call import make_call
 from pallas_kernels.flash_attention.recompute import with_recomputed_gradient
 from pallas_kernels.flash_attention.reference import reference
+from pallas_kernels.flash_attention.work import RANGE_COLUMNS, work_table
 
 PORTABLE = ("reference", "xla_chunked")
 
@@ -50,6 +51,34 @@ def test_several_tiles(case, monkeypatch):
     monkeypatch.setattr("pallas_kernels.flash_attention.xla_chunked.TILE_ROWS", 64)
     monkeypatch.setattr("pallas_kernels.flash_attention.xla_chunked.TILE_KEYS", 96)
     check(case, jnp.bfloat16, named("xla_chunked", dynamic=True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "run time"])
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_bounds_at_the_edge_of_32_bits(implementation, dynamic):
+    """Offsets that hide nothing or everything do not overflow where row numbers are added to them."""
+    most, least = 2**31 - 1, -(2**31)
+
+    def run(segment):
+        bounds = (jnp.int32(b) if dynamic else b for b in segment[1:])
+        return flash_attention(q, k, v, (RowSegment(segment[0], *bounds),), implementation=implementation)
+
+    case = Case("edge", ((9, 3, 1000, 20),), (20,))
+    q, k, v = make_inputs(case, jnp.float32)
+    for got, want in zip(run((9, 3, most, 20)), exact(case, q, k, v), strict=True):
+        assert error(got, want) < 1e-5
+    for start, offset in ((0, least), (most, 5)):
+        out, lse = run((9, start, offset, 20))
+        assert not out.any()
+        assert jnp.isneginf(lse).all()
+
+
+@pytest.mark.parametrize(("offset", "tiles"), [(2**31 - 1, 1), (-(2**31), 0)])
+def test_work_of_the_gpu_kernels_at_the_edge_of_32_bits(offset, tiles):
+    q, kv = jnp.zeros((1, 300, 1, 16)), (jnp.zeros((1, 20, 1, 16)),)
+    table = work_table(make_call(q, kv, kv, (RowSegment(300, 0, jnp.int32(offset), 20),), None), 64)
+    assert (table[..., RANGE_COLUMNS + 3] == tiles).all()
+    assert (jnp.abs(table) < 1000).all()
 
 
 @pytest.mark.parametrize("check_vma", [False, True])

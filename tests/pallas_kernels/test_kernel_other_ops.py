@@ -11,6 +11,7 @@ from attention_cases import Case, error, exact, plain, random_tiles
 from pallas_kernels import KernelInputError, Unsupported
 from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.call import make_call as decode_call
 from pallas_kernels.retaining_score import retaining_score
 from pallas_kernels.select import select_topk
 from pallas_kernels.skinny_matmul import skinny_matmul
@@ -57,6 +58,27 @@ def test_decode(case, implementation):
     want, approximate = exact(case, q, (k,), (v,)), plain(case, q, (k,), (v,))
     assert error(out, want[0]) <= 2 * max(error(approximate[0], want[0]), 2**-8)
     assert error(lse, want[1]) <= 2 * max(error(approximate[1], want[1]), 1e-6)
+
+
+@pytest.mark.parametrize("offset", [2**30, 2**31 - 1, 2**40, -(2**31)])
+def test_decode_offsets_are_clipped_to_what_changes_anything(offset):
+    """The Hopper kernel multiplies them by the query heads of a KV head, which must stay within 32 bits."""
+    z = jnp.zeros((1, 3, 16, 8)), *[jnp.zeros((1, 20, 2, 8))] * 2
+    call = decode_call(*z, 17, offset, None)
+    assert call.causal_offset.tolist() == [20 if offset > 0 else -3]
+    _, lse = decode_attention(*z, 17, offset)
+    np.testing.assert_allclose(lse, np.log(17) if offset > 0 else -np.inf, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_block_sparse_at_the_edge_of_32_bits(implementation):
+    q, k, v = (jnp.ones((1, n, 1, 16)) for n in (8, 24, 24))
+    starts = jnp.asarray([2**31 - 1, 2**31 - 8, -(2**31), 8], jnp.int32).reshape(1, 1, 1, 4)
+    tiles = KeyTiles(starts, jnp.full((1, 1, 1), 4, jnp.int32))
+    shape = {"block_q": 8, "block_k": 8, "implementation": implementation}
+    for offset, keys in ((2**31 - 1, 8), (-(2**31), 0)):
+        _, lse = block_sparse_attention(q, k, v, tiles, causal_offset=offset, **shape)
+        np.testing.assert_allclose(lse, 4 + np.log(8) if keys else -np.inf, rtol=1e-6)
 
 
 @pytest.mark.kernel
@@ -315,5 +337,5 @@ def test_wrong_calls_say_what_is_wrong(call, message):
 
 def test_named_implementations_refuse_with_a_reason():
     z = jnp.zeros((1, 4, 2, 8), jnp.bfloat16)
-    with pytest.raises(Unsupported, match="decode_attention: cudnn needs an NVIDIA GPU"):
-        decode_attention(z[:, :1], z, z, 4, implementation="cudnn")
+    with pytest.raises(Unsupported, match="decode_attention: mosaic_gpu needs an NVIDIA Hopper GPU"):
+        decode_attention(z[:, :1], z, z, 4, implementation="mosaic_gpu")

@@ -1,0 +1,105 @@
+"""Compiles every kernel in the Triton language to machine code without a GPU, and prints what came of it.
+
+A process of its own: where Triton's interpreter is switched on, nothing can be compiled.
+"""
+
+import json
+import os
+import sys
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pallas_kernels import triton_launch
+from pallas_kernels.block_sparse_attention import KeyTiles
+from pallas_kernels.block_sparse_attention import triton as block_sparse_triton
+from pallas_kernels.block_sparse_attention.call import make_call as block_sparse_call
+from pallas_kernels.flash_attention import RowSegment
+from pallas_kernels.flash_attention import triton as flash_triton
+from pallas_kernels.flash_attention.call import make_call as flash_call
+from pallas_kernels.select import triton as select_triton
+from pallas_kernels.select.call import SelectCall
+
+TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
+
+
+def launches_of(run, *shapes) -> list:
+    """(launch, dtypes of its pointers) of every launch that ``run`` makes of arrays of these shapes."""
+    seen = []
+
+    def record(launch, batch, arrays):
+        seen.append((launch, [a.dtype for a in arrays] + [dtype for _, dtype in launch.outputs]))
+        return tuple(jnp.zeros((batch, *shape), dtype) for shape, dtype in launch.outputs)
+
+    triton_launch.run = record
+    jax.eval_shape(lambda *arrays: run(*arrays), *shapes)  # a new function: JAX remembers what it traced
+    return seen
+
+
+def compiled(launch, dtypes, capability: int):
+    """The kernel as jax-triton compiles it: pointers aligned to 16 bytes, constants fixed."""
+    names = launch.kernel.arg_names
+    signature = {name: TYPES[jnp.dtype(dtype).name] for name, dtype in zip(names, dtypes, strict=False)}
+    signature |= dict.fromkeys(names[len(dtypes) :], "constexpr")
+    aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(dtypes))}
+    source = ASTSource(launch.kernel, signature, launch.constants, aligned)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def flash(q, k, v, bounds):
+    rows = RowSegment(130, bounds[0], bounds[1], bounds[2]), RowSegment(200, bounds[3], bounds[4], bounds[5])
+    return flash_triton.forward(flash_call(q, k, v, rows, None))
+
+
+def select(scores, k, v):
+    return select_triton.forward(SelectCall(scores, k, v, 2048))
+
+
+def cases():
+    """(function, shapes of its arguments) at the sizes of a prefill: the most registers and shared memory."""
+    kv = tuple(array(1, length, 2, 128) for length in (70, 130, 200))
+    yield flash, array(1, 330, 8, 128), kv, kv, array(6, dtype=jnp.int32)
+    kv = array(1, select_triton.MOST_ROWS, 8, 128)
+    yield select, array(*kv.shape[:3], dtype=jnp.float32), kv, kv
+    q, kv = array(1, 2000, 8, 128), array(1, 2000, 2, 128)
+    for block, columns in ((64, True), (128, False)):
+        lead = (1, 8, -(-2000 // block))
+        entries, counts = array(*lead, 9, dtype=jnp.int32), array(*lead, dtype=jnp.int32)
+
+        def run(q, k, v, *tiles, block=block):
+            call = block_sparse_call(q, k, v, KeyTiles(*tiles), block, block, 0, None)
+            return block_sparse_triton.triton(call)
+
+        yield run, q, kv, kv, *((entries, counts) * (1 + columns))
+
+
+def main() -> None:
+    rows = []
+    for capability in map(int, sys.argv[1:]):
+        for run, *shapes in cases():
+            for launch, dtypes in launches_of(run, *shapes):
+                kernel = compiled(launch, dtypes, capability)
+                rows.append(
+                    {
+                        "kernel": launch.name,
+                        "capability": capability,
+                        "target": kernel.asm["ptx"].split(".target ")[1].split()[0],
+                        "shared_bytes": kernel.metadata.shared,
+                        "machine_code_bytes": len(kernel.asm["cubin"]),
+                    }
+                )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
