@@ -21,9 +21,10 @@ from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.weights import partition_specs
 from apb_jax.prefill import PrefillRows, run
-from apb_jax.presets import TEMPLATES, template_of
 from apb_jax.programs import Lengths, Programs
-from apb_jax.prompt import PromptCodec, Text, find_template, make_prompt
+from apb_jax.prompt.codec import make_codec
+from apb_jax.prompt.ids import Text, make_prompt
+from apb_jax.prompt.style import NONE, PromptStyle
 from apb_jax.session import Session, is_batch
 from apb_jax.weights.checkpoint import LoadedModel
 
@@ -43,18 +44,13 @@ class Settings:
     """How an engine runs its method."""
 
     kernels: Kernels = field(default_factory=Kernels)
-    template: str | None = None
-    """Chat template by name; None: the model's."""
+    prompt_style: PromptStyle = field(default_factory=PromptStyle)
     virtual_shards: int = 1
     """Split the document into so many shards on one device (``apb_jax.virtual``)."""
     slice_decode: bool = False
     """Query and decoding steps read 1 / sp of the weights on each device (``model/slices.py``)."""
     bottom_right_query: bool = False
     """The originals' causal quirk of the query phase (thunlp/APB's code, not its paper)."""
-
-    def __post_init__(self) -> None:
-        if self.template is not None and self.template not in TEMPLATES:
-            raise UserError(f"unknown template {self.template!r}; there are: {', '.join(TEMPLATES)}")
 
 
 class Engine:
@@ -79,9 +75,8 @@ class Engine:
         self.settings = replace(settings or Settings(), **changes)
         self.method = MethodSpec(method) if isinstance(method, str) else method
         self.progress: Progress = progress or silent
-        found = template_of(model.name) or (find_template(model.tokenizer) if model.tokenizer else "base")
-        self.template = self.settings.template or found
-        self.codec = PromptCodec(model.tokenizer, TEMPLATES[self.template]) if model.tokenizer else None
+        self.codec = make_codec(model.tokenizer, model.name, self.settings.prompt_style) if model.tokenizer else None
+        self.template = self.codec.frame.name if self.codec else NONE
         check_mesh(model, self.mesh)
         if self.settings.virtual_shards < 1 or (self.settings.virtual_shards > 1 and self.mesh.size > 1):
             raise UserError(
@@ -189,7 +184,7 @@ class Engine:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer by default."""
         own = self.codec.stop_ids if self.codec else ()
-        return tuple(dict.fromkeys((*own, *self.model.config.eos_ids)))
+        return tuple(dict.fromkeys((*own, *self.model.stop_ids, *self.model.config.eos_ids)))
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 

@@ -76,6 +76,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.measure.beside import Beside
     from apb_jax.measure.compare import Asking, beside, run_one, timed
     from apb_jax.mesh import make_mesh
+    from apb_jax.prompt.style import PromptStyle
     from apb_jax.sampling import Sampler
     from apb_jax.task import make_task, new_tokens
 
@@ -94,7 +95,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     console.print(f"[bold]apb_jax[/] {config.model}: {size}, {device}", highlight=False)
     settings = Settings(
         kernels=Kernels(None if config.kernels == "auto" else config.kernels),
-        template=config.template,
+        prompt_style=PromptStyle(config.template),
         virtual_shards=config.virtual_shards,
         slice_decode=config.slice_decode,
         bottom_right_query=config.bottom_right_query,
@@ -107,6 +108,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         current.choose([task.prompt])
         current.check_lengths([task.prompt], [task.prompt.query], new_tokens(config))
     notes = list(task.notes)
+    notes += [engine.codec.note] if engine.codec and engine.codec.note else []
     repeat = int(bool(others)) if config.repeat is None else config.repeat
     asking = Asking(
         task.prompt, new_tokens(config), sampler, config.seed, () if engine.codec is None else None, task.truth,

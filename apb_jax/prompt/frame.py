@@ -1,0 +1,83 @@
+"""What stands around document and question, as text: a published template, none, or the model's own chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from apb_jax.errors import UserError
+from apb_jax.presets import TEMPLATES, template_of
+from apb_jax.prompt.style import BLANK_LINE, NONE, OWN, PromptStyle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Span(NamedTuple):
+    """A piece of text and whether its special tokens are meant: a template's are, a user's are not."""
+
+    text: str
+    control: bool
+
+
+@dataclass(frozen=True)
+class Frame:
+    """``opening document separator ask question closing``: the whole prompt, in this order."""
+
+    name: str
+    opening: tuple[Span, ...] = ()
+    closing: tuple[Span, ...] = ()
+    ask: str = ""
+    """Template text in front of the question, embedded in APB's anchor with it."""
+    separator: str = ""
+    stop: tuple[str, ...] = ()
+    """Tokens that end an answer, as text."""
+    trims: tuple[bool, bool] = (False, False)
+    """Whether whitespace left of the document and right of the question is dropped."""
+    begins: bool = False
+    """Whether the tokenizer's own begin tokens stand in front."""
+    joined: bool = True
+    """Whether parts are tokenised as they stand inside one text; the published scripts take each as a text alone."""
+    embed_closing: bool = False
+    """Whether APB's anchor holds the question with the closing."""
+    note: str | None = None
+    """What the user should know about it."""
+
+
+def choose_frame(tokenizer: PreTrainedTokenizerBase, model: str, style: PromptStyle) -> Frame:
+    """The frame of a style: by its name; else the tokenizer's own, the preset's published one, or none.
+
+    Args:
+        model: the model's preset name; any other name stands for no preset.
+    """
+    from apb_jax.prompt.chat import chat_frame  # here: it needs jinja2, which only a chat template needs
+
+    name = style.template
+    if name is None:
+        published = template_of(model)
+        name = OWN if tokenizer.chat_template else NONE if published in (None, "base") else published
+    if name == OWN:
+        return chat_frame(tokenizer, style)
+    if name != NONE and name not in TEMPLATES:
+        raise UserError(f"unknown template {name!r}; there are: {', '.join((OWN, *TEMPLATES, NONE))}")
+    for flag, value in (("--system", style.system), ("--template-arg", style.template_args)):
+        if value:
+            raise UserError(
+                f"{flag} is for a model's own chat template, and the template here is {name!r}; drop {flag}"
+            )
+    if name == NONE:
+        separator = BLANK_LINE if style.separator is None else style.separator
+        note = None if style.template else "the tokenizer has no chat template: document and question are plain text"
+        return Frame(NONE, separator=separator, begins=True, note=note)
+    row = TEMPLATES[name]
+    return Frame(
+        name=name,
+        opening=(Span(row.before, True),) if row.before else (),
+        closing=(Span(row.after, True),) if row.after else (),
+        ask=row.ask,
+        separator=style.separator or "",
+        stop=row.stop,
+        begins=not row.before,
+        joined=False,
+        embed_closing=row.embed_after,
+    )
