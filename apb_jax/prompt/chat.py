@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
-_PADDING = " \n\t"
+_PADDINGS = (" \n", "\n ")
 _DOCUMENT, _QUESTION, _SYSTEM, _ANSWER = (
     f'{word} <"&">\' {word}' for word in ("D0cument", "Qu3stion", "Syst3m", "R3ply")
 )
@@ -56,13 +56,9 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> Frame:
     opening, closing = text.split(content)
     if system and _SYSTEM not in text:
         raise UserError("the model's chat template drops the text of --system; drop --system")
-    padded = render(("user", _PADDING + content + _PADDING))
-    kept = {
-        opening + left + content + right + closing: (not left, not right)
-        for left in ("", _PADDING)
-        for right in ("", _PADDING)
-    }
-    if padded not in kept:
+    kept = {trims(opening, content, closing, pad, render) for pad in _PADDINGS}
+    found = kept.pop()
+    if kept or found is None:
         raise UserError("the model's chat template rewrites whitespace around a user's text; name another (--template)")
     return Frame(
         name=OWN,
@@ -70,8 +66,20 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> Frame:
         closing=spans(closing, style.system),
         separator=separator,
         stop=end_of_turn(tokenizer, render, content),
-        trims=kept[padded],
+        trims=found,
     )
+
+
+def trims(
+    opening: str, content: str, closing: str, padding: str, render: Callable[..., str]
+) -> tuple[bool, bool] | None:
+    """Whether the template drops whitespace left and right of a user's text; None: it does something else with it."""
+    padded = render(("user", padding + content + padding))
+    for left in ("", padding):
+        for right in ("", padding):
+            if padded == opening + left + content + right + closing:
+                return not left, not right
+    return None
 
 
 def check_variables(tokenizer: PreTrainedTokenizerBase, names: Iterable[str]) -> None:
@@ -86,14 +94,15 @@ def check_variables(tokenizer: PreTrainedTokenizerBase, names: Iterable[str]) ->
 
 
 def spans(text: str, system: str | None) -> tuple[Span, ...]:
-    """Template text with the system text in its place, which is the user's."""
-    out: list[Span] = []
-    for index, piece in enumerate(text.split(_SYSTEM)):
-        if index:
-            out.append(Span(system or "", False))
-        if piece:
-            out.append(Span(piece, True))
-    return tuple(out)
+    """Template text with the system text in its place, which is the user's and takes the spaces in front of it."""
+    first, *others = text.split(_SYSTEM)
+    out = [Span(first, True)]
+    for piece in others:
+        before = out[-1].text
+        kept = before.rstrip(" ")
+        out[-1] = Span(kept, True)
+        out += [Span(before[len(kept) :] + (system or ""), False), Span(piece, True)]
+    return tuple(span for span in out if span.text)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, render: Callable[..., str], content: str) -> tuple[str, ...]:

@@ -130,6 +130,12 @@ def mistral(folder: Path) -> PreTrainedTokenizerBase:
     common = pytest.importorskip("mistral_common")
     file = Path(common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
     shutil.copy(file, folder / "tokenizer.model")
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "legacy": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
