@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apb_jax.attention.inputs import Prompt
-from apb_jax.prompt.frame import Frame, Span, choose_frame
+from apb_jax.prompt.choose import choose_frame
+from apb_jax.prompt.frame import Frame, Span
 from apb_jax.prompt.ids import Text, make_prompt
 from apb_jax.prompt.pieces import Pieces, begin_ids
 from apb_jax.prompt.style import PromptStyle

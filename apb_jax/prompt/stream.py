@@ -34,6 +34,7 @@ class TextStream:
         self._fallback = "ByteFallback" in kinds
         known = {"ByteLevel", "Fuse"} if self._utf8 else {"Metaspace", "ByteFallback", "Fuse", "Replace", "Strip left"}
         self._known = kinds <= known
+        self._names = tokenizer.backend_tokenizer.id_to_token  # type: ignore[attr-defined]
         self._skipped = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._shown: list[int] = []
         """The ids just before ``_pending``: text may depend on whether it begins the answer, on nothing more."""
@@ -43,7 +44,7 @@ class TextStream:
         """The text that these ids add, as far as later ids cannot change it; may be empty."""
         text = ""
         for index in ids:
-            name = self._codec.tokenizer.convert_ids_to_tokens(index)
+            name: str | None = self._names(index)
             if index in self._skipped or name is None:
                 continue
             if self._known and self._utf8:
