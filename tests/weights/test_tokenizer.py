@@ -68,7 +68,7 @@ def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="turns 'The lighthouse is kept by Mary Quill.' into 'Thelighthouseiskept"):
+    with pytest.raises(UserError, match=r"turns 'The lighthouse is kept by Mary Quill.' into 'Thelighthouseiskept"):
         load_tokenizer(tmp_path)
 
 
