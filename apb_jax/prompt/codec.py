@@ -89,6 +89,12 @@ class PromptCodec:
         """Ids int32 of the opening and a document."""
         alone = not self.frame.joined or not len(self.opening)
         body = self._pieces.encode(self._lead + text, control=False, start=alone)
+        if self.frame.joined and text.endswith("\n"):
+            # GPT-2's splitting looks ahead: line breaks before a word are cut otherwise than those that end a text.
+            word = self._pieces.encode("a", control=False, start=False)
+            ahead = self._pieces.encode(self._lead + text + "a", control=False, start=alone)
+            if len(word) == 1 and ahead[-1] == word[0]:
+                body = ahead[:-1]
         return np.concatenate([self.opening, body])
 
     def prompt(self, document: Text, query: Text, embedded_query: Text | None = None) -> Prompt:
