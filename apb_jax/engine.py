@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,11 +20,11 @@ from apb_jax.errors import UserError
 from apb_jax.generation import Answer
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
-from apb_jax.model.weights import partition_specs
 from apb_jax.prefill import PrefillRows, run
-from apb_jax.presets import TEMPLATES, template_of
 from apb_jax.programs import Lengths, Programs
-from apb_jax.prompt import PromptCodec, Text, find_template, make_prompt
+from apb_jax.prompt.codec import make_codec
+from apb_jax.prompt.ids import Text, make_prompt
+from apb_jax.prompt.style import NONE, PromptStyle
 from apb_jax.session import Session, is_batch
 from apb_jax.weights.checkpoint import LoadedModel
 
@@ -44,8 +44,7 @@ class Settings:
     """How an engine runs its method."""
 
     kernels: Kernels = field(default_factory=Kernels)
-    template: str | None = None
-    """Chat template by name; None: the model's."""
+    prompt_style: PromptStyle = field(default_factory=PromptStyle)
     shards: int | None = None
     """Parts of the document, a multiple of the devices on the sequence axis; None: one a device.
 
@@ -58,9 +57,19 @@ class Settings:
     bottom_right_query: bool = False
     """The originals' causal quirk of the query phase (thunlp/APB's code, not its paper)."""
 
-    def __post_init__(self) -> None:
-        if self.template is not None and self.template not in TEMPLATES:
-            raise UserError(f"unknown template {self.template!r}; there are: {', '.join(TEMPLATES)}")
+
+class Weights:
+    """A model's weights on a mesh, read when first needed and shared by the engines beside each other."""
+
+    def __init__(self, model: LoadedModel, mesh: Mesh) -> None:
+        self.model, self.mesh = model, mesh
+        self.state: nnx.State | None = None
+
+    def placed(self, progress: Callable[[int, int], None]) -> nnx.State:
+        """The weights, on the devices."""
+        if self.state is None:
+            self.state = self.model.place(self.mesh, progress)
+        return self.state
 
 
 class Engine:
@@ -87,15 +96,14 @@ class Engine:
         self.settings = replace(settings or Settings(), **changes)
         self.method = MethodSpec(method) if isinstance(method, str) else method
         self.progress: Progress = progress or silent
-        found = template_of(model.name) or (find_template(model.tokenizer) if model.tokenizer else "base")
-        self.template = self.settings.template or found
-        self.codec = PromptCodec(model.tokenizer, TEMPLATES[self.template]) if model.tokenizer else None
+        self.codec = make_codec(model.tokenizer, model.name, self.settings.prompt_style) if model.tokenizer else None
+        self.template = self.codec.frame.name if self.codec else NONE
         check_mesh(model, self.mesh)
         self.check_method(batch=1)
         sizes = self.mesh.shape
         slices = WeightSlices.over(model.config, SP, sizes[SP], sizes[TP]) if self.settings.slice_decode else None
         shared = beside is not None and beside.mesh == self.mesh
-        self.state: nnx.State = beside.state if beside is not None and shared else self._place(model)
+        self._home: Weights = beside._home if beside is not None and shared else Weights(model, self.mesh)
         self.programs: Programs
         if beside is not None and shared and beside.programs.same(self.settings.kernels, slices):
             self.programs = beside.programs
@@ -103,7 +111,7 @@ class Engine:
             self.programs = Programs(
                 config=model.config,
                 graph=model.graph(),
-                specs=partition_specs(self.state),
+                specs=model.partitions(),
                 mesh=self.mesh,
                 kernels=self.settings.kernels,
                 slices=slices,
@@ -140,9 +148,10 @@ class Engine:
             prompts=tuple(prompts),
         )
 
-    def _place(self, model: LoadedModel) -> nnx.State:
-        """The weights on the mesh."""
-        return model.place(self.mesh, lambda done, total: self.progress("load weights", done, total))
+    @property
+    def state(self) -> nnx.State:
+        """The weights on the mesh; read when first asked for, after every request could be refused."""
+        return self._home.placed(lambda done, total: self.progress("load weights", done, total))
 
     @property
     def placement(self) -> Placement:
@@ -200,7 +209,7 @@ class Engine:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer by default."""
         own = self.codec.stop_ids if self.codec else ()
-        return tuple(dict.fromkeys((*own, *self.model.config.eos_ids)))
+        return tuple(dict.fromkeys((*own, *self.model.stop_ids, *self.model.config.eos_ids)))
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
@@ -222,9 +231,10 @@ class Engine:
         cache = programs.zeros(DocumentCache, len(prompts), layout.shards * layout.kept_capacity, self.model.dtype)
         rows = PrefillRows(programs.place_rows(layout.positions, placement), lengths)
         tokens = programs.place_rows(layout.tokens, placement)
+        weights = self.state  # read before the clock starts
         compiled_before = programs.compile_s
         started = time.perf_counter()
-        for done, state in run(programs, method, self.state, tokens, rows, cache):
+        for done, state in run(programs, method, weights, tokens, rows, cache):
             self.progress("prefill", done, self.model.config.num_layers)
             cache = state.cache
         compile_s = programs.compile_s - compiled_before

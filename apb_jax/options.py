@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from apb_jax.errors import UserError
+from apb_jax.prompt.style import PromptStyle, parse_separator, parse_template_arg
 
 DEFAULT_SEQ = 8192
 DEFAULT_SIMULATED = 8
@@ -65,6 +66,9 @@ class RunConfig:
     heads: str | None = None
     fold_heads: bool = False
     template: str | None = None
+    system: str | None = None
+    separator: str | None = None
+    template_args: tuple[tuple[str, Any], ...] = ()
     seq: int | None = None
     sp: int | None = None
     tp: int = 1
@@ -127,6 +131,11 @@ class RunConfig:
             raise UserError(f"--compare {self.method} is the method itself; compare with another one, such as full")
         if self.method == "auto" and self.method_options:
             raise UserError(f"--method auto decides itself; drop {sorted(self.method_options)} or name a method")
+
+    @property
+    def prompt_style(self) -> PromptStyle:
+        """How text becomes a prompt."""
+        return PromptStyle(self.template, self.system, self.separator, dict(self.template_args))
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -213,7 +222,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="fold the retaining heads into the QKV projections while loading: scores then cost one smaller product",
     )
     group.add_argument(
-        "--template", metavar="NAME", help="chat template: llama3, qwen, mistral, base (default: by model)"
+        "--template",
+        metavar="NAME",
+        help="chat template: model (its own, the default where it has one), none, or a published one to reproduce its "
+        "figures: llama3, qwen, mistral, question, base",
+    )
+    group.add_argument("--system", metavar="TEXT", help="a system message in the model's own chat template")
+    group.add_argument(
+        "--template-arg",
+        action="append",
+        dest="template_args",
+        type=parse_template_arg,
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the model's own chat template, such as enable_thinking=false; may be repeated",
+    )
+    group.add_argument(
+        "--separator", type=parse_separator, metavar="TEXT", help=r"between document and question (default: \n\n)"
     )
     group.add_argument("--dtype", choices=("bf16", "float32"), help="default: bf16 on GPUs, float32 on CPUs")
 
@@ -316,7 +341,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("answer and output")
-    group.add_argument("--max-new-tokens", type=_number(int, "--max-new-tokens", 1), metavar="N", help="default: 32")
+    group.add_argument(
+        "--max-new-tokens",
+        type=_number(int, "--max-new-tokens", 1),
+        metavar="N",
+        help="default: 512 for a --document, else 32",
+    )
     group.add_argument("--temperature", type=_number(float, "--temperature", 0), default=0.0, help="0 is greedy")
     group.add_argument("--top-p", type=_number(float, "--top-p", 0.0001, 1), default=1.0, help="nucleus sampling")
     group.add_argument("--json", action="store_true", help="a JSON object as the last line of standard output")
@@ -330,4 +360,4 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     given = vars(make_parser().parse_args(argv))
     names = {"anchor": "anchor_tokens", "passing": "passing_tokens", "query_at": "query_at", "scorer": "scorer"}
     options = tuple((field, given.pop(flag)) for flag, field in names.items()) + tuple(given.pop("set"))
-    return RunConfig(options=options, **given)
+    return RunConfig(options=options, template_args=tuple(given.pop("template_args")), **given)

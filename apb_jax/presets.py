@@ -16,8 +16,6 @@ class Template:
     before: str
     after: str
     stop: tuple[str, ...]
-    marker: str | None = None
-    """A token by which a tokenizer of this template is recognised."""
     ask: str = ""
     """Text in front of the question, part of the query."""
     embed_after: bool = False
@@ -30,19 +28,18 @@ TEMPLATES = {
         "<|start_header_id|>user<|end_header_id|>\n\n",
         after="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         stop=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
-        marker="<|start_header_id|>",
     ),
     "qwen": Template(
         before="<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n",
         after="<|im_end|>\n<|im_start|>assistant\n",
         stop=("<|im_end|>", "<|endoftext|>"),
-        marker="<|im_start|>",
     ),
-    "mistral": Template(before="<s>[INST] ", after=" [/INST]", stop=("</s>",), marker="[INST]"),
+    "mistral": Template(before="<s>[INST] ", after=" [/INST]", stop=("</s>",)),
     "question": Template(before="", ask="\n\nQuestion: ", after="\nAnswer:", stop=(), embed_after=True),
     "base": Template(before="", after="", stop=("<|endoftext|>", "<|end_of_text|>")),
 }
+"""Published templates by the name that ``--template`` takes, for reproduction; a model's own is its tokenizer's."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ MODELS = {
 
 
 def template_of(model: str) -> str | None:
-    """The template of a model by its preset name; None where only its tokenizer can tell."""
+    """The published template of a preset, for tokenizers without a chat template of their own; None: no such preset."""
     if model == "tiny":
         return "question"
     return MODELS[model].template if model in MODELS else None

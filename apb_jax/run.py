@@ -94,7 +94,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     console.print(f"[bold]apb_jax[/] {config.model}: {size}, {device}", highlight=False)
     settings = Settings(
         kernels=Kernels(None if config.kernels == "auto" else config.kernels),
-        template=config.template,
+        prompt_style=config.prompt_style,
         shards=shards_for(config, method, mesh.shape[SP]),
         placement=config.placement,
         slice_decode=config.slice_decode,
@@ -103,14 +103,16 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     with screen.StageBar(console) as bar:
         engine = Engine(model, method, mesh, settings=settings, progress=bar)
         task = make_task(config, text, engine)
+    wanted = new_tokens(config, task.prompt, model.config.max_positions)
     engines = [engine, *map(Beside(engine).of, others)]  # refuses what cannot run before anything runs
     for current in engines:
         current.choose([task.prompt])
-        current.check_lengths([task.prompt], [task.prompt.query], new_tokens(config))
+        current.check_lengths([task.prompt], [task.prompt.query], wanted)
     notes = list(task.notes)
+    notes += [engine.codec.note] if engine.codec and engine.codec.note else []
     repeat = int(bool(others)) if config.repeat is None else config.repeat
     asking = Asking(
-        task.prompt, new_tokens(config), sampler, config.seed, () if engine.codec is None else None, task.truth,
+        task.prompt, wanted, sampler, config.seed, () if engine.codec is None else None, task.truth,
         repeat=repeat, alone=not others,
     )  # fmt: skip
     with jax.profiler.trace(config.profile) if config.profile else contextlib.nullcontext():

@@ -19,6 +19,7 @@ from rich.text import Text
 from apb_jax.attention.layout import Layout
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.engine import Engine
+from apb_jax.prompt.stream import TextStream
 from apb_jax.report import size
 
 WIDTH = 48
@@ -118,9 +119,8 @@ class AnswerStream:
 
     def __init__(self, console: Console, engine: Engine, bar: StageBar) -> None:
         self.console, self.engine, self.bar = console, engine, bar
-        self.ids: list[int] = []
-        self.shown = ""
-        self.begun = False
+        self.text = None if engine.codec is None else TextStream(engine.codec)
+        self.begun = self.answered = False
 
     def _begin(self) -> None:
         """The bar goes, the answer comes."""
@@ -131,25 +131,18 @@ class AnswerStream:
             self.console.print("[bold green]answer[/] ", end="")
 
     def _show(self, text: str) -> None:
-        self.console.print(text[len(self.shown) :], end="", markup=False, highlight=False, emoji=False)
-        self.shown = text
-
-    def _text(self) -> str:
-        codec = self.engine.codec
-        return codec.decode(self.ids) if codec else " ".join(map(str, self.ids))
+        self.console.print(text, end="", markup=False, highlight=False, emoji=False)
 
     def __call__(self, request: int, fresh: list[int]) -> None:
         self._begin()
-        self.ids.extend(fresh)
-        text = self._text()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character: wait for the rest
-            self._show(text)
+        self.answered = True
+        self._show(self.text.push(fresh) if self.text else "".join(f"{token} " for token in fresh))
 
     def end(self, finish_reason: str) -> None:
         """The rest, and why the answer ended where that is not plain."""
         self._begin()
-        self._show(self._text())
-        if not self.ids:
+        self._show(self.text.end() if self.text else "")
+        if not self.answered:
             self.console.print("(nothing: the model ended its answer at once)", style="dim", end="")
         elif finish_reason == "length":
             self.console.print(" [dim](cut: --max-new-tokens reached)[/]", end="")

@@ -15,7 +15,7 @@ from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer, Generation, OnTokens, Wanted, teacher_forced
 from apb_jax.programs import Lengths
-from apb_jax.prompt import Text
+from apb_jax.prompt.ids import Text
 from apb_jax.sampling import Sampler
 
 if TYPE_CHECKING:

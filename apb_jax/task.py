@@ -12,7 +12,7 @@ from apb_jax.errors import UserError
 from apb_jax.options import DEFAULT_SEQ, RunConfig
 
 RANDOM_QUERY_TOKENS = 32
-DEFAULT_NEW_TOKENS = 32
+NEW_TOKENS, NEW_TOKENS_ABOUT_TEXT = 32, 512
 QUERY_ROOM = 64
 """Tokens kept free for a needle's question."""
 
@@ -26,9 +26,14 @@ class Task:
     notes: tuple[str, ...] = ()
 
 
-def new_tokens(config: RunConfig) -> int:
-    """Tokens that the answer may have."""
-    return config.max_new_tokens or DEFAULT_NEW_TOKENS
+def new_tokens(config: RunConfig, prompt: Prompt | None = None, positions: int = 1 << 31) -> int:
+    """Tokens that the answer may have: as asked for, else what is usual and fits behind the prompt."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    usual = NEW_TOKENS if config.document is None else NEW_TOKENS_ABOUT_TEXT
+    if prompt is None:
+        return usual
+    return max(1, min(usual, positions - len(prompt.document) - len(prompt.query)))
 
 
 def make_task(config: RunConfig, text: str | None, engine: Engine) -> Task:

@@ -142,6 +142,7 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     from apb_jax.compile_cache import use_compile_cache
     from apb_jax.engine import Engine
     from apb_jax.measure.beside import Beside
+    from apb_jax.prompt.style import PromptStyle
     from apb_jax.weights.checkpoint import load
 
     use_compile_cache()
@@ -150,5 +151,5 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     model = load(spec.model, weights=spec.weights, heads=spec.heads, dtype=spec.dtype)
     if model.tokenizer is None:
         raise UserError(f"model {spec.model!r} has no tokenizer; benchmarks need one")
-    engines = Beside(Engine(model, "full", mesh, template="base", shards=spec.shards))
+    engines = Beside(Engine(model, "full", mesh, prompt_style=PromptStyle("none"), shards=spec.shards))
     return lambda name: EngineSystem(engines.of(methods[name]), spec, name)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from apb_jax.errors import UserError
-from apb_jax.prompt import PromptCodec
+from apb_jax.prompt.codec import PromptCodec
 
 DOCUMENT = ("document", "context", "prompt", "input")
 QUESTION = ("query", "question", "instruction")
@@ -158,7 +158,7 @@ class Corpus:
             answer_tokens = max(1, min(self.max_answer, TEXT_ANSWER_TOKENS, len(ids) // 2))
             prompt, answer = ids[:-answer_tokens], ids[-answer_tokens:]
         else:
-            after = codec.encode(codec.template.after)
+            after = codec.closing
             document, reply = codec.encode(record.document), codec.encode(record.answer)
             if record.question is None:
                 prompt = np.concatenate([codec.opening, document])[: self.max_prompt - len(after)]

@@ -32,8 +32,8 @@ from safetensors.numpy import save_file
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.heads import RetainingHead
-from apb_jax.presets import TEMPLATES, template_of
-from apb_jax.prompt import PromptCodec, find_template
+from apb_jax.prompt.codec import PromptCodec
+from apb_jax.prompt.codec import make_codec as codec_of
 from apb_jax.retaining.corpus import Corpus, Example, read_data_set, read_records
 from apb_jax.retaining.labels import trace
 from apb_jax.retaining.objective import layer_scores, retaining_loss, top_overlap
@@ -240,7 +240,7 @@ def make_codec(model: LoadedModel) -> PromptCodec:
     """The model's tokenizer under its chat template."""
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer; retaining heads are trained on text")
-    return PromptCodec(model.tokenizer, TEMPLATES[template_of(model.name) or find_template(model.tokenizer)])
+    return codec_of(model.tokenizer, model.name)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +17,7 @@ from apb_jax.model.config import ModelConfig
 from apb_jax.model.transformer import Transformer
 from apb_jax.model.weights import partition_specs
 from apb_jax.weights.folding import fold, why_not
+from apb_jax.weights.generation_config import read_stop_ids
 from apb_jax.weights.hf_folder import HEADS_FILE, read_config, read_entries
 from apb_jax.weights.locate import Located, cached_heads, is_orbax, locate, locate_heads
 from apb_jax.weights.manifest import check_sizes, read_manifest
@@ -28,6 +27,7 @@ from apb_jax.weights.retaining_heads import check_heads, read_heads, split_heads
 from apb_jax.weights.safetensors_header import TensorEntry
 from apb_jax.weights.stream import Progress, stream
 from apb_jax.weights.tied import without_equal_head
+from apb_jax.weights.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,6 @@ PUBLISHED_HIDDEN = 1024
 PRESET_SIZES = (
     "family", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
 )  # fmt: skip
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 class WeightSource(Protocol):
@@ -73,6 +72,8 @@ class LoadedModel:
     folder: Path | None
     fold_heads: bool = False
     """Whether the retaining heads are folded into the QKV projections (same scores, less work)."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end an answer by ``generation_config.json``."""
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -96,9 +97,13 @@ class LoadedModel:
         """Shape and dtype of every parameter by path ("layers.q")."""
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(self._abstract[1])}
 
+    def partitions(self) -> nnx.State:
+        """The partition of every parameter over the mesh axis "tp", in the module's structure."""
+        return partition_specs(self._abstract[1])
+
     def specs(self) -> dict[str, PartitionSpec]:
-        """The partition of every parameter over the mesh axis "tp"."""
-        return dict(_flat(partition_specs(self._abstract[1])))
+        """The same by path."""
+        return dict(_flat(self.partitions()))
 
     def shardings(self, mesh: Mesh | None) -> dict[str, Sharding]:
         """Where every parameter goes: split over the mesh axis "tp" as the model says, replicated over the others."""
@@ -299,6 +304,7 @@ def load(
         tokenizer=load_tokenizer(folder) if folder else None,
         folder=folder,
         fold_heads=stored if fold_heads is None else fold_heads,
+        stop_ids=read_stop_ids(folder) if folder else (),
     )
 
 
@@ -341,37 +347,6 @@ def parse_dtype(dtype: str | None) -> Any:
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; choose bf16 or float32")
     return jnp.dtype(DTYPES[dtype])
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, or None where it has none."""
-    if not any((folder / file).exists() for file in TOKENIZER_FILES):
-        return None
-    # transformers advises everybody without PyTorch to install it; only its tokenizers are used here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        if _names_general_tokenizer(folder):
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"the tokenizer in {folder} does not load: {line}") from error
-
-
-def _names_general_tokenizer(folder: Path) -> bool:
-    """Whether the folder asks for the class that needs nothing but tokenizer.json.
-
-    AutoTokenizer would choose the same, after importing code of models, and PyTorch where it is installed: seconds.
-    """
-    config = folder / "tokenizer_config.json"
-    if not config.exists() or not (folder / "tokenizer.json").exists():
-        return False
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    return isinstance(settings, dict) and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
 
 
 def _flat(state: Any) -> list[tuple[str, Any]]:

@@ -10,15 +10,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from apb_jax.errors import UserError
-from apb_jax.presets import TEMPLATES
-from apb_jax.prompt import PromptCodec
+from apb_jax.prompt.codec import PromptCodec, make_codec
 from apb_jax.retaining.corpus import Corpus, Record, parse_record, read_data_set, read_records
 from apb_jax.tiny import FOLDER
 
 
 @pytest.fixture(scope="module")
 def codec() -> PromptCodec:
-    return PromptCodec(PreTrainedTokenizerFast.from_pretrained(FOLDER), TEMPLATES["question"])
+    return make_codec(PreTrainedTokenizerFast.from_pretrained(FOLDER), "tiny")
 
 
 SHARE_GPT = {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}

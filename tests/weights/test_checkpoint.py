@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save_file
 from apb_jax.errors import UserError
 from apb_jax.presets import MODELS
 from apb_jax.weights import stream
-from apb_jax.weights.checkpoint import load, load_tokenizer
+from apb_jax.weights.checkpoint import load
+from apb_jax.weights.tokenizer import load_tokenizer
 
 GOLDEN = Path(os.environ.get("APB_GOLDEN", "../shared/golden"))
 
