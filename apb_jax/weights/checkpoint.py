@@ -262,7 +262,8 @@ def load(
 
     Args:
         name_or_path: a preset, an HF folder, a GGUF file, a converted (orbax) folder, or a hub id ("owner/name").
-        weights: another folder or GGUF file to take configuration and weights from, or "random" (initialised on the devices).
+        weights: another folder or GGUF file to take configuration and weights from, or "random" (initialised on the
+            devices).
         heads: retaining heads: a safetensors or torch ``.bin`` file, or the hub id of one; by default
             ``retaining_heads.safetensors`` inside the folder, or a preset's published heads if the hub cache has them.
         dtype: "bf16" or "float32"; by default bf16 on GPUs and float32 on CPUs.

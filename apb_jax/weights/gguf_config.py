@@ -58,7 +58,11 @@ YARN = {
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
 CHECKED = {"rope.dimension_count", "attention.value_length", "rope.scaling.type", "rope.scaling.finetuned"}
-OTHER_FILES = {"adapter": "a LoRA adapter", "mmproj": "a projector of images or sound", "imatrix": "a table of importance"}
+OTHER_FILES = {
+    "adapter": "a LoRA adapter",
+    "mmproj": "a projector of images or sound",
+    "imatrix": "a table of importance",
+}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Llama 3.1, 3.2 and 3.3 publish; their ``factor`` (8 or 32) is the largest divisor in ``rope_freqs.weight``."""
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -78,14 +82,20 @@ def hf_config(header: GGUFHeader) -> dict[str, Any]:
         raise UserError(
             f"{file}: general.architecture={architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    own = {key.removeprefix(f"{architecture}."): value for key, value in settings.items() if key.startswith(f"{architecture}.")}
+    own = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in settings.items()
+        if key.startswith(f"{architecture}.")
+    }
     _refuse_unknown(header, architecture, own)
     config: dict[str, Any] = {"model_type": architecture, "architectures": [_class_of(architecture)]}
     for key, name in NUMBERS.items():
         if key in own:
             config[name] = _number(header, f"{architecture}.{key}", own[key])
         elif key not in OPTIONAL:
-            raise UserError(f"{file} lacks {architecture}.{key}; it is damaged or was not written by llama.cpp's converter")
+            raise UserError(
+                f"{file} lacks {architecture}.{key}; it is damaged or was not written by llama.cpp's converter"
+            )
     if "vocab_size" not in config and "token_embd.weight" in header.tensors:
         config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     _check_head_dim(header, architecture, own, config)
@@ -128,7 +138,9 @@ def model_config(header: GGUFHeader, divisors: np.ndarray | None) -> tuple[Model
 
 def _check_divisors(header: GGUFHeader, hf: dict[str, Any], divisors: np.ndarray) -> None:
     if not np.isfinite(divisors).all() or divisors.min() <= 0:
-        raise UserError(f"{header.file}: {DIVISORS} {_range(divisors)} must be finite and positive; the file is damaged")
+        raise UserError(
+            f"{header.file}: {DIVISORS} {_range(divisors)} must be finite and positive; the file is damaged"
+        )
     if hf["rope_scaling"]:
         raise UserError(f"{header.file} has both {DIVISORS} and rope.scaling.type={hf['rope_scaling']['rope_type']!r}")
 
@@ -141,7 +153,9 @@ def _check_kind_of_file(header: GGUFHeader) -> None:
     settings, file = header.settings, header.file
     kind = settings.get("general.type", "model")
     if kind != "model":
-        raise UserError(f"{file}: general.type={kind!r}: this is {OTHER_FILES.get(kind, 'no model')}; give the model's file")
+        raise UserError(
+            f"{file}: general.type={kind!r}: this is {OTHER_FILES.get(kind, 'no model')}; give the model's file"
+        )
     if settings.get("split.count", 0) > 1:
         raise UserError(
             f"{file}: split.count={settings['split.count']}: this is one of several files; put them together first "
@@ -155,7 +169,9 @@ def _refuse_unknown(header: GGUFHeader, architecture: str, own: dict[str, Any]) 
         if key in known or (key in NEUTRAL and value == NEUTRAL[key]):
             continue
         usual = f"; only {NEUTRAL[key]!r} is" if key in NEUTRAL else ""
-        raise UserError(f"{header.file}: {architecture}.{key}={_short(value)}, which this decoder does not compute{usual}")
+        raise UserError(
+            f"{header.file}: {architecture}.{key}={_short(value)}, which this decoder does not compute{usual}"
+        )
 
 
 def _number(header: GGUFHeader, key: str, value: Any) -> int | float:
@@ -173,8 +189,8 @@ def _check_head_dim(header: GGUFHeader, architecture: str, own: dict[str, Any], 
     for key in ("rope.dimension_count", "attention.value_length"):
         if own.get(key, head_dim) != head_dim:
             raise UserError(
-                f"{header.file}: {architecture}.{key}={_short(own[key])}; a head has {head_dim} dimensions, and only as many "
-                "are computed"
+                f"{header.file}: {architecture}.{key}={_short(own[key])}; a head has {head_dim} dimensions, and only "
+                "as many are computed"
             )
 
 

@@ -126,8 +126,8 @@ def _entry(header: GGUFHeader, tensor: GGUFTensor, config: ModelConfig) -> GGUFE
     name = f"model.layers.{match[1]}.{inner}" if match and inner else NAMES.get(tensor.name)
     if name is None:
         raise UserError(
-            f"{header.file}: tensor {tensor.name!r} ({tensor.kind.name}, shape {tensor.shape}) is nothing that this decoder "
-            f"computes for general.architecture={header.settings['general.architecture']!r}"
+            f"{header.file}: tensor {tensor.name!r} ({tensor.kind.name}, shape {tensor.shape}) is nothing that this "
+            f"decoder computes for general.architecture={header.settings['general.architecture']!r}"
         )
     heads = 0
     if match and match[2] in HALF_ROTATED and header.settings["general.architecture"] == "llama":

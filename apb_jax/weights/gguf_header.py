@@ -103,7 +103,9 @@ class _Parser:
         if not version & 0xFFFF:
             raise UserError(f"{self.file} is big-endian (version {version:#010x}); only little-endian files are read")
         if version not in VERSIONS:
-            raise UserError(f"{self.file} is of GGUF version {version}; versions {VERSIONS[0]} and {VERSIONS[1]} are read")
+            raise UserError(
+                f"{self.file} is of GGUF version {version}; versions {VERSIONS[0]} and {VERSIONS[1]} are read"
+            )
         tensors = self.count(LEAST_TENSOR, "tensors")
         settings = self.named(self.count(LEAST_SETTING, "settings"), "settings", self.setting)
         rows = self.named(tensors, "the table of tensors", self.tensor)

@@ -1,4 +1,4 @@
-"""From what a user types to a folder or file here: preset, folder, GGUF file, or hub id (cache first, then download)."""
+"""From what a user types to a folder or GGUF file here: preset, path, or hub id (cache first, then download)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD_FILES = ["*.safetensors", "*.bin"]
 
 @dataclass(frozen=True)
 class Located:
-    """A model by name; ``folder`` is a GGUF file where the model is one, and None where a preset's weights are neither here nor wanted."""
+    """A model by name; ``folder`` is None where a preset's weights are neither here nor wanted, or a GGUF file."""
 
     name: str
     folder: Path | None
