@@ -18,7 +18,7 @@ Kind = gguf.GGMLQuantizationType
 NAME_OF = {hf: name for name, hf in NAMES.items()}
 LAYER_NAME_OF = {hf: name for name, hf in LAYER_NAMES.items()}
 HF: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "vocab_size": 61, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-5, "bos_token_id": 1,
     "eos_token_id": 2, "max_position_embeddings": 256, "rope_theta": 500000.0, "tie_word_embeddings": False,
 }  # fmt: skip
