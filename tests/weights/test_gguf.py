@@ -1,4 +1,4 @@
-"""GGUF files: the values and logits of the HF model they were made from; whatever is not computed is named in a line."""
+"""GGUF files: values and logits of the HF model they were made from; what is not computed is named in a line."""
 
 from __future__ import annotations
 
