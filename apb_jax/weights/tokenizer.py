@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apb_jax.errors import UserError
+from apb_jax.weights.gguf_header import is_gguf, read_gguf_header
+from apb_jax.weights.gguf_tokenizer import gguf_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,11 +19,16 @@ SENTENCE = "The lighthouse is kept by Mary Quill."
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, or None where it has none.
+    """The tokenizer of a folder or of a GGUF file, or None where it has none.
 
     Raises:
         UserError: it does not load, is not of the ``tokenizers`` library, or does not give a sentence back.
     """
+    if is_gguf(folder):
+        own = gguf_tokenizer(read_gguf_header(folder))
+        if own is not None:
+            check_tokenizer(own, str(folder))
+        return own
     if not any((folder / file).exists() for file in TOKENIZER_FILES):
         return None
     # transformers advises everybody without PyTorch to install it; only its tokenizers are used here.
