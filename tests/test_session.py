@@ -105,7 +105,7 @@ def test_ids_outside_the_vocabulary_are_refused(engine: Any) -> None:
     for bad in (-5, 99999):
         with pytest.raises(UserError, match=f"has token id {bad}"):
             session.logits([[bad]])
-        with pytest.raises(UserError, match=f"has token id {bad}"):
+        with pytest.raises(UserError, match=f"has (token id )?{bad}"):
             session.ask([1, bad], 2)
 
 

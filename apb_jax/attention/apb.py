@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.attend import Keys, Queries, attend, project
 from apb_jax.attention.budgets import apb_budget
 from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
-from apb_jax.attention.layout import Layout, block_layout
+from apb_jax.attention.layout import Layout, block_layout, bucket, surely
 from apb_jax.attention.method import ONE_SHARD, AttentionMethod, Capabilities, Setup
 from apb_jax.attention.query_scores import WINDOW, query_scores
 from apb_jax.attention.shared_anchor import anchor_edge, gather_with_anchor, share_anchor
@@ -89,12 +89,13 @@ class APB(AttentionMethod):
     @classmethod
     def for_request(cls, setup: Setup, options: Mapping[str, Any]) -> Self:
         """Budgets from the table by length, shrunk to what the shards' blocks can give; the anchor shared."""
-        row = apb_budget(setup.shortest, setup.model)
-        block = -(-setup.shortest // setup.shards)
+        # From lengths that programs are compiled for, so that documents of about one length share a program.
+        block = surely(-(-setup.shortest // setup.shards))
+        row = apb_budget(bucket(block) * setup.shards, setup.model)
         embedded = max(len(p.embedded_query) for p in setup.prompts)
         query_at = options.get("query_at", setup.query_at)
         # Room for the query and as much of the document; never more than leaves shard 0 something to pass.
-        room = max(min(row.anchor_tokens, block // 2), min(query_at + 2 * embedded, 3 * block // 4))
+        room = max(min(row.anchor_tokens, block // 2), min(bucket(query_at + 2 * embedded), 3 * block // 4))
         anchor = options.get("anchor_tokens", room)
         decided = {
             "anchor_tokens": anchor,

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.attend import Keys, Queries, attend
 from apb_jax.attention.decode import decode_sharded
 from apb_jax.attention.inputs import CachedLayer, KeptKV, Kernels, LayerInputs, Prompt, Shard
-from apb_jax.attention.layout import Layout, bucket
+from apb_jax.attention.layout import Layout, bucket, surely
 from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.attention.ring import ring_order
 from apb_jax.errors import UserError
@@ -62,9 +62,10 @@ class Spava(AttentionMethod):
     @classmethod
     def for_request(cls, setup: Setup, options: Mapping[str, Any]) -> Self:
         """The published shares of the document, shrunk to what short blocks can give."""
-        anchor, passing = default_budgets(setup.shortest)
-        anchor = min(anchor, max(1, setup.shortest // 4))
-        block = max(1, (setup.shortest - anchor) // (2 * setup.shards))
+        shortest = surely(setup.shortest)  # so that documents of about one length share a program
+        anchor, passing = default_budgets(shortest)
+        anchor = min(anchor, max(1, shortest // 4))
+        block = max(1, (shortest - anchor) // (2 * setup.shards))
         return cls(**{"anchor_tokens": anchor, "passing_tokens": min(passing, block), **options})
 
     def why_not(self, prompts: Sequence[Prompt], shards: int) -> str | None:

@@ -19,6 +19,8 @@ from apb_jax.model.stacked import StackedMatrix, multiply
 from apb_jax.model.weights import head_facts, weights_of
 from apb_jax.rope.base import Rope
 
+CHUNK_ROWS = 8192
+"""Rows that go through the products behind the attention at once: enough for the matrix units, few in memory."""
 Attend = Callable[[LayerInputs, Any], tuple[Float[Array, "B S H D"], Any]]
 """(inputs, carry) -> (attention output before o_proj, carry): the carry holds the KV cache."""
 
@@ -58,9 +60,41 @@ def rms_norm(x: Float[Array, "*rows E"], weight: Float[Array, " E"], eps: float)
 
 
 def project(x: Float[Array, "B S I"], weight: Float[Array, "I O"]) -> Float[Array, "B S O"]:
-    """x @ weight accumulated in float32, in the dtype of x; float32 inputs are multiplied as float32 (no TF32)."""
+    """x @ weight, written in the dtype of x; float32 inputs are multiplied as float32 (no TF32).
+
+    Matrix units add up in float32 whatever they write; asking for a float32 result here would write that to memory.
+    """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.matmul(x, weight, precision=precision, preferred_element_type=x.dtype)
+
+
+def over_chunks(function: Callable[..., Float[Array, "1 R E"]], x: Float[Array, "B S E"], *others: Array) -> Array:
+    """``function`` of rows of ``x`` and ``others``, CHUNK_ROWS or fewer at a time, written into ``x``.
+
+    What a row's products need in between then exists for one chunk, however long the document is.
+    """
+    rows = x.shape[0] * x.shape[1]
+    least = -(-rows // CHUNK_ROWS)
+    if least == 1:
+        return function(x, *others)
+    count = next((n for n in range(least, 4 * least) if rows % n == 0), least)
+    size = rows // count if rows % count == 0 else CHUNK_ROWS
+    flat, *rest = (a.reshape(1, rows, *a.shape[2:]) for a in (x, *others))
+
+    def part(start: Array | int, size: int, whole: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(whole, start, size, axis=1)
+
+    def step(i: Array, whole: Array) -> Array:
+        new = function(part(i * size, size, whole), *(part(i * size, size, a) for a in rest))
+        return jax.lax.dynamic_update_slice_in_dim(whole, new, i * size, axis=1)
+
+    whole_chunks = rows // size
+    flat = jax.lax.fori_loop(0, whole_chunks, step, flat)
+    if rest_rows := rows - whole_chunks * size:
+        start = whole_chunks * size
+        new = function(part(start, rest_rows, flat), *(part(start, rest_rows, a) for a in rest))
+        flat = jax.lax.dynamic_update_slice_in_dim(flat, new, start, axis=1)
+    return flat.reshape(x.shape)
 
 
 def project_all(
@@ -143,12 +177,14 @@ class DecoderLayers(nnx.Module):
                 q, k, v, rows.cos, rows.sin, layer, self.retaining_head(h), rows.positions, rows.rope, where.tp_axis
             )
             out, carry = attend(inputs, carry)
-        with jax.named_scope("o_proj"):
-            flat = out.reshape(*out.shape[:2], -1)
-            flat = slices.part(flat, 2) if slices else flat
-            x = x + reduce(*project_all(flat, (self.o,), slices, rows=True))
-        with jax.named_scope("mlp"):
-            h = rms_norm(x, self.mlp_norm[...], eps)
-            gate, up = project_all(h, (self.gate, self.up), slices)
-            x = x + reduce(*project_all(jax.nn.silu(gate) * up, (self.down,), slices, rows=True))
-        return x, carry
+
+        def behind_attention(x: Float[Array, "B S E"], flat: Float[Array, "B S HD"]) -> Float[Array, "B S E"]:
+            with jax.named_scope("o_proj"):
+                flat = slices.part(flat, 2) if slices else flat
+                x = x + reduce(*project_all(flat, (self.o,), slices, rows=True))
+            with jax.named_scope("mlp"):
+                h = rms_norm(x, self.mlp_norm[...], eps)
+                gate, up = project_all(h, (self.gate, self.up), slices)
+                return x + reduce(*project_all(jax.nn.silu(gate) * up, (self.down,), slices, rows=True))
+
+        return over_chunks(behind_attention, x, out.reshape(*out.shape[:2], -1)), carry
