@@ -25,8 +25,8 @@ LEFT, TOP, WIDTH, HEIGHT = 76, 34, 744, 296
 
 def rect(x: float, y: float, width: float, height: float, fill: str, opacity: float = 1.0) -> str:
     """One filled rectangle."""
-    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-    return f'<rect {place} fill="{fill}"/>' if opacity == 1 else f'<rect {place} fill="{fill}" fill-opacity="{opacity}"/>'
+    faint = "" if opacity == 1 else f' fill-opacity="{opacity}"'
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}"{faint}/>'
 
 
 def label(x: float, y: float, words: str, anchor: str = "start") -> str:
