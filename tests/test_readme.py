@@ -18,7 +18,9 @@ from apb_jax.attention.picture import picture
 from apb_jax.options import parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"python -m apb_jax\.run([^`\n#]*)", README)
+USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+SHELL = "".join(re.findall(r"```bash\n(.*?)```", README + USAGE, re.DOTALL))
+COMMANDS = re.findall(r"python -m apb_jax\.run([^\n#]*)", SHELL)
 PAGES = sorted(
     page.relative_to(ROOT)
     for top in (".", "apb_jax", "benchmarks", "converters", "docs", "evals", "pallas_kernels")
@@ -54,7 +56,7 @@ def test_the_method_table_is_generated() -> None:
     assert table() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", dict.fromkeys(COMMANDS))
 def test_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags exist and fit together, given the files that the commands name."""
     monkeypatch.chdir(tmp_path)
