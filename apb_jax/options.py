@@ -49,7 +49,7 @@ def _setting(text: str) -> tuple[str, Any]:
     """An argparse type: FIELD=VALUE with a Python literal or a word as value."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier() or not value:
-        raise UserError(f"--set {text!r} is not of the form FIELD=VALUE, for example --set zigzag=false")
+        raise UserError(f"--set {text!r} is not of the form FIELD=VALUE, for example --set order=plain")
     words = {"true": True, "false": False, "none": None}
     try:
         return name, words[value.lower()] if value.lower() in words else ast.literal_eval(value)
@@ -304,7 +304,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=_setting,
         default=[],
         metavar="FIELD=VALUE",
-        help="a hyper-parameter of the method, such as --method ring --set zigzag=false; may be repeated",
+        help="a hyper-parameter of the method, such as --method ring --set order=plain; may be repeated",
     )
     group.add_argument("--rope", choices=("string",), help="remapped positions (STRING) under the method")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""``python -m apb_jax.attention``: the README's table of methods, from what they say about themselves."""
+"""``python -m apb_jax.attention``: the table of methods in docs/methods.md, from what they say about themselves."""
 
 from __future__ import annotations
 

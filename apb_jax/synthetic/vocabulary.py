@@ -51,7 +51,8 @@ class Vocabulary:
 
 
 def _plain_words(name: str) -> list[str]:
-    return sorted({w for w in word_list(name) if w.isascii() and w.isalpha() and w.islower()})
+    words = " ".join(word_list(name)).split()  # "ad hoc" as two: the split below was drawn so before tiny was trained
+    return sorted({w for w in words if w.isascii() and w.isalpha() and w.islower()})
 
 
 def _split(words: list[str], held_out: bool) -> tuple[str, ...]:
