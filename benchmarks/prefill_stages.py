@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--model", default="llama3.1-8b")
     parser.add_argument("--seq", type=parse_length, default=131072)
     parser.add_argument("--sp", type=int, default=None)
+    parser.add_argument("--shards", type=int, default=None, help="parts of the document (default: one a device)")
+    parser.add_argument("--placement", default="contiguous", choices=("contiguous", "zigzag"))
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--against", metavar="KERNELS", help="compare logits and tokens with these kernels'")
     parser.add_argument("--repeat", type=int, default=3)
@@ -147,7 +149,14 @@ def main() -> None:
     mesh = apb_jax.make_mesh(sp=args.sp)
     kernels = Kernels(None if args.kernels == "auto" else args.kernels)
     started = time.perf_counter()
-    engine = apb_jax.Engine(model, "full" if args.full else "apb", mesh, kernels=kernels)
+    engine = apb_jax.Engine(
+        model,
+        "full" if args.full else "apb",
+        mesh,
+        kernels=kernels,
+        shards=args.shards,
+        placement=args.placement,
+    )
     jax.block_until_ready(engine.state)
     print(f"weights on the devices in {time.perf_counter() - started:.1f} s", flush=True)
     rng = np.random.default_rng(0)
@@ -181,8 +190,11 @@ def main() -> None:
     del session
     sliced = None if args.whole else sliced_decode(engine, prompt, args.new_tokens)
     against = compare(engine, prompt, args.against, args.new_tokens, args.repeat) if args.against else None
-    last = engine.shards - 1
-    flops = linear_flops(model.config, local) + attention_flops(model.config, method, layout.block_capacity, last)
+    held = engine.placement.table  # the busiest device counts
+    attention = max(
+        sum(attention_flops(model.config, method, layout.block_capacity, int(r)) for r in row) for row in held
+    )
+    flops = linear_flops(model.config, local * engine.placement.local) + attention
     result = {
         "benchmark": "prefill_stages",
         "date": date.today().isoformat(),
