@@ -33,7 +33,7 @@ def test_granules() -> None:
 
 @pytest.mark.parametrize("name", ["apb", "ring", "star", "spava"])
 def test_sixty_four_lengths_compile_at_most_four_prefills(name: str) -> None:
-    """11.7K to 16K tokens on 8 shards, a model without budgets of its own: what programs are compiled for is counted."""
+    """11.7K to 16K tokens on 8 shards, a model without budgets of its own: programs are counted."""
     model, rng = random_model(max_positions=20_000), np.random.default_rng(0)
     keys = set()
     for tokens in rng.integers(11_700, 16_001, 64):
