@@ -98,6 +98,8 @@ class Programs:
     slices: WeightSlices | None = None
     """Given where query and decoding steps use the weights as slices over ``sp``."""
     compiled: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    sizes: dict[Any, int] = field(default_factory=dict)
+    """Bytes of each program; asking XLA takes milliseconds, so it is asked once."""
     compile_s: float = 0.0
     largest: int = 0
     """The most bytes that a program called so far needs on a device, by the compiler's estimate; may be set back."""
@@ -148,11 +150,12 @@ class Programs:
                 self.on_compile(name)
             started = time.perf_counter()
             self.compiled[key] = make().lower(*args).compile()
+            self.sizes[key] = program_bytes(self.compiled[key])
             self.compile_s += time.perf_counter() - started
             while len(self.compiled) > KEPT_PROGRAMS:
-                self.compiled.popitem(last=False)
+                self.sizes.pop(self.compiled.popitem(last=False)[0])
         self.compiled.move_to_end(key)
-        self.largest = max(self.largest, program_bytes(self.compiled[key]))
+        self.largest = max(self.largest, self.sizes[key])
         return self.compiled[key](*args)
 
     def count(self, name: str) -> int:
