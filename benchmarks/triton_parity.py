@@ -88,7 +88,7 @@ def flash_bench(case: str, anchor: int, passed: int, slots: int, block: int) -> 
     pairs = anchor**2 / 2 + block * (anchor + passed) + block**2 / 2
     arrays = (q, k, v, jnp.int32(passed))
     work = 4e-12 * HEADS * DIM * pairs
-    return Bench("flash_attention", case, run, arrays, errors, work, "TFLOP/s", ("triton", "cudnn", "xla_chunked"))
+    return Bench("flash_attention", case, run, arrays, errors, work, "TFLOP/s", ("triton", "cudnn"))
 
 
 def select_bench(rows: int, count: int) -> Bench:
@@ -169,7 +169,7 @@ def measure(bench: Bench, name: str, label: str) -> dict:
         compiled = jax.jit(call).lower(*bench.arrays).compile()
         row["compile_s"] = time.perf_counter() - begin
         row |= bench.errors(compiled(*bench.arrays))
-        repeats = 4 if name in ("xla_chunked",) or (bench.op, name) == ("block_sparse", "xla") else 24
+        repeats = 4 if (bench.op, name) == ("block_sparse", "xla") else 24
         row["ms"] = [device_ms(call, [bench.arrays], repeats=repeats) for _ in range(2)]
         row |= {"rate": bench.work / (min(row["ms"]) * 1e-3), "unit": bench.unit}
     except Unsupported as refusal:
@@ -247,7 +247,7 @@ def main() -> int:
         else:
             rows += json.loads(done.stdout.splitlines()[-1])
     for row in sorted(rows, key=lambda row: (row["op"], row["case"])):
-        print(text(row, ceiling))
+        print(text(row, ceiling), flush=True)
         if options.out:
             with options.out.open("a") as file:
                 file.write(json.dumps({"device": device, **versions, "ceilings": ceiling, **row}) + "\n")
