@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 def choose_devices(config: RunConfig, console: Console) -> None:
     """Simulated devices where there is no accelerator; the process group where there are several processes."""
-    from apb_jax.mesh import Joining, has_accelerator, simulate_devices
+    from apb_jax.mesh import Joining, has_accelerator, reserve_memory, simulate_devices
 
     joining = Joining(config.coordinator, config.processes, config.process)
     simulated = 0
-    if not has_accelerator():
+    if has_accelerator():
+        reserve_memory()
+    else:
         simulated = max(1, sequence_devices(config, DEFAULT_SIMULATED) * config.tp // joining.count)
         simulate_devices(simulated)
     joining.start()
@@ -76,6 +78,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.engine import Engine, Settings
     from apb_jax.measure.beside import Beside
     from apb_jax.measure.compare import Asking, beside, run_one, timed
+    from apb_jax.measure.plan import check_memory
     from apb_jax.mesh import SP, make_mesh
     from apb_jax.sampling import Sampler
     from apb_jax.task import make_task, new_tokens
@@ -95,7 +98,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     settings = Settings(
         kernels=Kernels(None if config.kernels == "auto" else config.kernels),
         prompt_style=config.prompt_style,
-        shards=shards_for(config, method, mesh.shape[SP]),
+        shards=method.shards_on(mesh.shape[SP], config.shards),
         placement=config.placement,
         slice_decode=config.slice_decode,
         bottom_right_query=config.bottom_right_query,
@@ -108,6 +111,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     for current in engines:
         current.choose([task.prompt])
         current.check_lengths([task.prompt], [task.prompt.query], wanted)
+        check_memory(current, [task.prompt], wanted, config.gpu_memory)
     notes = list(task.notes)
     notes += [engine.codec.note] if engine.codec and engine.codec.note else []
     repeat = int(bool(others)) if config.repeat is None else config.repeat
@@ -142,13 +146,6 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         report.save(Path(config.save), result)
         console.print(f"saved: {config.save}/run.json and run.md", highlight=False, markup=False, emoji=False)
     return result
-
-
-def shards_for(config: RunConfig, method: MethodSpec, devices: int) -> int | None:
-    """Parts of the document: as asked, else one a device; on one device as many as the method needs to be itself."""
-    if config.shards is not None or devices > 1:
-        return config.shards
-    return method.kind.shards_alone if method.kind.shards_alone > 1 else None
 
 
 def show_method(console: Console, engine: Engine, asking: Asking, notes: list[str]) -> None:
