@@ -101,7 +101,7 @@ def make_plan(args: argparse.Namespace, model: LoadedModel) -> Plan:
 
 
 def device_figures(name: str | None, model: LoadedModel) -> tuple[DeviceFigures, Calibration | None]:
-    """(measured ceilings of the GPU named, or of this machine's; its calibration where the plan is for this machine)."""
+    """(ceilings of the GPU named, or of this machine's; calibration where the plan is for this machine)."""
     from apb_jax.measure.auto import calibration_path, read_calibration
     from apb_jax.measure.devices import figures_named, figures_of
     from apb_jax.mesh import has_accelerator

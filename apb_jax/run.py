@@ -20,7 +20,6 @@ from apb_jax.options import DEFAULT_SEQ, DEFAULT_SIMULATED, RunConfig, parse
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apb_jax.attention.registry import MethodSpec
     from apb_jax.engine import Engine
     from apb_jax.measure.compare import Asking
     from apb_jax.weights.checkpoint import LoadedModel
