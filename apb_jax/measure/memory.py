@@ -20,13 +20,12 @@ from apb_jax.attention.placement import Placement
 from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
+from apb_jax.model.layers import CHUNK_ROWS
 from apb_jax.model.weights import head_facts, weights_of
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
 
-CHUNK_ROWS = 8192
-"""Rows that o_proj and the MLP take at once (``model/layers.py``)."""
 PROGRAM_BYTES = 256 * 2**20
 """Scratch of cuBLAS, cuDNN and the kernels: an allowance, not a measurement."""
 QUERY_TOKENS, NEW_TOKENS = 64, 32
