@@ -162,15 +162,14 @@ def decide_method(config: RunConfig, model: LoadedModel, text: str | None) -> tu
     """(method, devices, reason) for this document by what ``apb_jax.calibrate`` measured on this machine."""
     import jax
 
-    from apb_jax.measure.auto import calibration_path, decide, read_calibration
+    from apb_jax.measure.choose import choose
 
-    calibration = read_calibration(calibration_path(model.config, model.dtype.name), config.model)
     devices = config.sp or len(jax.devices()) // config.tp
     length = DEFAULT_SEQ if config.seq is None else config.seq
     if text is not None and model.tokenizer is not None:
         whole = len(model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
         length = whole if config.seq is None else min(whole, config.seq)
-    found = decide(length, devices, model.config, calibration)
+    found = choose(model, length, devices, tp=config.tp, limit=config.gpu_memory)
     return found.method, found.devices, found.reason
 
 

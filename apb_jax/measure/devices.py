@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
 from apb_jax.errors import UserError
 
@@ -52,8 +52,8 @@ def figures_of(device_kind: str) -> DeviceFigures | None:
     return next((row for row in known_devices().values() if row.device_kind == device_kind), None)
 
 
-def memory_limit(mesh: Mesh) -> int | None:
+def memory_limit(devices: Iterable[jax.Device]) -> int | None:
     """Bytes that JAX may take on the smallest device of this process; None where devices do not say (CPUs)."""
-    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    here = [device for device in devices if device.process_index == jax.process_index()]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in here]
     return min((limit for limit in limits if limit), default=None)

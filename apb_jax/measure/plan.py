@@ -184,7 +184,7 @@ def check_memory(engine: Engine, prompts: Sequence[Prompt], new_tokens: int, lim
 
     ``limit``: bytes a device; None: what the devices say, and nothing is refused where they do not.
     """
-    limit = memory_limit(engine.mesh) if limit is None else limit
+    limit = memory_limit(engine.mesh.devices.flat) if limit is None else limit
     if limit is None:
         return
     case = Case.of(engine)
