@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
@@ -132,7 +133,7 @@ def collectives(sizes: Sizes, expected: DeviceFigures | None) -> list[Finding]:
         if not np.array_equal(np.unique(last), np.atleast_1d(right)):
             found.append(Finding("broken", name, "wrong values arrive", "NCCL_DEBUG=INFO shows the transport in use"))
             continue
-        rate = 1e-9 * parts * rows * width * 2 / seconds_of(lambda mapped=mapped: mapped(data))
+        rate = 1e-9 * parts * rows * width * 2 / seconds_of(functools.partial(mapped, data))
         if devices[0].platform == "cpu":
             found.append(Finding("ok", name, f"right over {count} simulated devices"))
             continue
