@@ -23,7 +23,7 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure full on one device, and ring, Ulysses and APB on all of them, at every length."""
+    """Measure full on one device, ring, Ulysses and APB on all of them (APB on one, where there is no other)."""
     parser = argparse.ArgumentParser(
         prog="python -m apb_jax.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,6 +64,7 @@ def measure(model: object, devices: int, lengths: list[int], repeat: int) -> lis
 
     import numpy as np
 
+    from apb_jax.attention.registry import MethodSpec
     from apb_jax.engine import Engine
     from apb_jax.measure.auto import Measurement
     from apb_jax.mesh import make_mesh
@@ -71,12 +72,12 @@ def measure(model: object, devices: int, lengths: list[int], repeat: int) -> lis
 
     assert isinstance(model, LoadedModel)
     rng = np.random.default_rng(0)
-    wanted = [("full", 1), *([(name, devices) for name in ("ring", "ulysses", "apb")] if devices > 1 else [])]
+    wanted = [("full", 1), *([(name, devices) for name in ("ring", "ulysses", "apb")] if devices > 1 else [("apb", 1)])]
     rows, engines = [], {}
     for method, count in wanted:
         if count not in engines:
             engines[count] = Engine(model, method, make_mesh(sp=count))
-        engine = engines[count].with_method(method)
+        engine = engines[count].with_method(method, shards=MethodSpec(method).shards_on(count))
         for tokens in lengths:
             ids = [rng.integers(0, model.config.vocab_size, n) for n in (tokens, QUERY_TOKENS)]
             prompt = engine.prompt(*ids)

@@ -156,11 +156,8 @@ class Engine:
     @property
     def placement(self) -> Placement:
         """Which shards of the document stand on which device."""
-        devices = self.mesh.shape[SP]
-        asked = Placement.of(devices if self.settings.shards is None else self.settings.shards, devices)
-        if self.can.exact or asked.local == 1:
-            return Placement(devices)
-        return replace(asked, order=self.settings.placement)
+        devices, settings = self.mesh.shape[SP], self.settings
+        return Placement.for_method(self.can.exact, settings.shards, devices, settings.placement)
 
     @property
     def shards(self) -> int:

@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from apb_jax.errors import UserError
 
 SP, TP = "sp", "tp"
+USABLE = 0.95
+"""Share of a GPU's memory for JAX; the rest is for the CUDA context, NCCL and the code of programs."""
 HEARTBEAT_S = 30
 """After so many seconds without a sign of life from one process of several the others end."""
 
@@ -41,6 +43,14 @@ def has_accelerator() -> bool:
 
     plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
     return os.path.exists("/dev/nvidiactl") and any(find_spec(name) for name in plugins)
+
+
+def reserve_memory() -> None:
+    """Let JAX take USABLE of every GPU where the user did not say how much; only before JAX initialises its backends.
+
+    Its own default is three quarters, which refuses documents that the card holds.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(USABLE))
 
 
 def make_mesh(sp: int | None = None, tp: int = 1, *, devices: list[jax.Device] | None = None) -> Mesh:

@@ -57,6 +57,14 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes: "80g" (80 GiB), "512m" (MiB)."""
+    match = re.fullmatch(r"(\d+)([gm])(i?b)?", text.strip().lower())
+    if not match or int(match[1]) == 0:
+        raise UserError(f"memory {text!r} is not a size; write for example 80g or 512m")
+    return int(match[1]) * {"m": 2**20, "g": 2**30}[match[2]]
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One run of ``python -m apb_jax.run``; see ``--help`` for the meaning of the fields."""
@@ -75,6 +83,7 @@ class RunConfig:
     shards: int | None = None
     placement: str = "contiguous"
     slice_decode: bool = False
+    gpu_memory: int | None = None
     method: str = "apb"
     options: tuple[tuple[str, Any], ...] = ()
     kernels: str = "auto"
@@ -285,6 +294,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--slice-decode",
         action="store_true",
         help="while answering, every device reads 1/sp of the weights, which the prefill holds whole",
+    )
+    group.add_argument(
+        "--gpu-memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="most memory of a device, such as 80g; what needs more is refused (default: what JAX may take of a GPU)",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: address of process 0")
     group.add_argument("--processes", type=_number(int, "--processes", 1), metavar="N", help="how many processes")

@@ -13,6 +13,7 @@ from typing import Any
 from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer
+from apb_jax.measure.plan import planned_bytes
 from apb_jax.session import Session
 
 
@@ -56,6 +57,7 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         (f"memory per device, {result['memory_source']}", size(result["peak_bytes_per_device"])),
         *([("moved per layer and shard", size(result["bytes_per_layer"]))] if "bytes_per_layer" in result else []),
         *(recovered(result) if "recovered_mass" in result else []),
+        ("memory per device, planned", size(result["planned_bytes_per_device"])),
         ("compile, not counted above", f"{result['compile_s']:.1f} s"),
     ]
 
@@ -160,6 +162,7 @@ def describe(session: Session, answer: Answer, truth: str | None, *, alone: bool
         "compile_s": answer.compile_s,
         "peak_bytes_per_device": peak,
         "memory_source": source,
+        "planned_bytes_per_device": planned_bytes(session, len(answer.tokens)),
         "notes": list(answer.notes),
         "versions": versions(),
     }

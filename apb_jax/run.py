@@ -20,7 +20,6 @@ from apb_jax.options import DEFAULT_SEQ, DEFAULT_SIMULATED, RunConfig, parse
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apb_jax.attention.registry import MethodSpec
     from apb_jax.engine import Engine
     from apb_jax.measure.compare import Asking
     from apb_jax.weights.checkpoint import LoadedModel
@@ -28,11 +27,13 @@ if TYPE_CHECKING:
 
 def choose_devices(config: RunConfig, console: Console) -> None:
     """Simulated devices where there is no accelerator; the process group where there are several processes."""
-    from apb_jax.mesh import Joining, has_accelerator, simulate_devices
+    from apb_jax.mesh import Joining, has_accelerator, reserve_memory, simulate_devices
 
     joining = Joining(config.coordinator, config.processes, config.process)
     simulated = 0
-    if not has_accelerator():
+    if has_accelerator():
+        reserve_memory()
+    else:
         simulated = max(1, sequence_devices(config, DEFAULT_SIMULATED) * config.tp // joining.count)
         simulate_devices(simulated)
     joining.start()
@@ -76,6 +77,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.engine import Engine, Settings
     from apb_jax.measure.beside import Beside
     from apb_jax.measure.compare import Asking, beside, run_one, timed
+    from apb_jax.measure.plan import check_memory
     from apb_jax.mesh import SP, make_mesh
     from apb_jax.sampling import Sampler
     from apb_jax.task import make_task, new_tokens
@@ -95,7 +97,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     settings = Settings(
         kernels=Kernels(None if config.kernels == "auto" else config.kernels),
         prompt_style=config.prompt_style,
-        shards=shards_for(config, method, mesh.shape[SP]),
+        shards=method.shards_on(mesh.shape[SP], config.shards),
         placement=config.placement,
         slice_decode=config.slice_decode,
         bottom_right_query=config.bottom_right_query,
@@ -108,6 +110,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     for current in engines:
         current.choose([task.prompt])
         current.check_lengths([task.prompt], [task.prompt.query], wanted)
+        check_memory(current, [task.prompt], wanted, config.gpu_memory)
     notes = list(task.notes)
     notes += [engine.codec.note] if engine.codec and engine.codec.note else []
     repeat = int(bool(others)) if config.repeat is None else config.repeat
@@ -144,13 +147,6 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     return result
 
 
-def shards_for(config: RunConfig, method: MethodSpec, devices: int) -> int | None:
-    """Parts of the document: as asked, else one a device; on one device as many as the method needs to be itself."""
-    if config.shards is not None or devices > 1:
-        return config.shards
-    return method.kind.shards_alone if method.kind.shards_alone > 1 else None
-
-
 def show_method(console: Console, engine: Engine, asking: Asking, notes: list[str]) -> None:
     """What the user should know before the method runs, and its layout as a picture."""
     from apb_jax import screen
@@ -166,15 +162,14 @@ def decide_method(config: RunConfig, model: LoadedModel, text: str | None) -> tu
     """(method, devices, reason) for this document by what ``apb_jax.calibrate`` measured on this machine."""
     import jax
 
-    from apb_jax.measure.auto import calibration_path, decide, read_calibration
+    from apb_jax.measure.choose import choose
 
-    calibration = read_calibration(calibration_path(model.config, model.dtype.name), config.model)
     devices = config.sp or len(jax.devices()) // config.tp
     length = DEFAULT_SEQ if config.seq is None else config.seq
     if text is not None and model.tokenizer is not None:
         whole = len(model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
         length = whole if config.seq is None else min(whole, config.seq)
-    found = decide(length, devices, model.config, calibration)
+    found = choose(model, length, devices, tp=config.tp, limit=config.gpu_memory)
     return found.method, found.devices, found.reason
 
 

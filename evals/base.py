@@ -148,6 +148,8 @@ class SystemSpec:
     sp: int | None
     tp: int
     shards: int | None = None
+    length: int | None = None
+    """Tokens of the longest prompt: what method "auto" is chosen for."""
 
 
 class Task(Protocol):

@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 def _benchmark(commands, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("--model", required=True, help="model name or folder")
-    parser.add_argument("--method", default="apb", help="attention methods separated by commas (default: apb)")
+    parser.add_argument("--method", default="apb", help="attention methods separated by commas, or auto (default: apb)")
     parser.add_argument("--seq", required=True, help="lengths in tokens separated by commas: 4k,8k")
     parser.add_argument("--out", required=True, help="folder of the run; repeat the command to resume it")
     parser.add_argument("--data", help="folder with the benchmark's data (see `python -m evals data`)")
@@ -174,7 +174,8 @@ def _spec(args: argparse.Namespace) -> SystemSpec:
         if not found or found.group(1) not in methods:
             raise EvalError(f"--set {item!r}: expected METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
         options.setdefault(found.group(1), {})[found.group(2)] = _value(found.group(3))
-    return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, args.sp, args.tp, args.shards)
+    where = (args.sp, args.tp, args.shards, max(parse_lengths(args.seq)))
+    return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, *where)
 
 
 def _value(text: str) -> Any:

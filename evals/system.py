@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 
 from apb_jax.errors import UserError
+from apb_jax.measure.plan import check_memory
 from evals.base import Completion, Scored, SystemSpec
 from evals.tokens import Tokens, as_tokens
 
+AUTO = "auto"
+"""The method that is chosen for the longest prompt by what this machine measured."""
 SIMULATED = 4
 """Simulated devices on a machine without an accelerator, unless --sp says otherwise."""
 
@@ -21,8 +24,9 @@ class EngineSystem:
     begin-of-text token is put in front once.
     """
 
-    def __init__(self, engine: Any, spec: SystemSpec, method: str):
-        self._engine, self._spec, self._method = engine, spec, method
+    def __init__(self, engine: Any, spec: SystemSpec, method: str, reason: str | None = None):
+        """``reason``: why method "auto" became the engine's."""
+        self._engine, self._spec, self._method, self._reason = engine, spec, method, reason
         self.tokenizer = engine.model.tokenizer
         self.tokens: Tokens = as_tokens(self.tokenizer)
         bos = engine.model.tokenizer.bos_token_id
@@ -82,12 +86,16 @@ class EngineSystem:
         ignore_stop: bool = False,
     ) -> list[Any]:
         """The engine's answers to a batch of (document, query) ids."""
-        session = self._engine.prefill([self._prompt(d, q, embedded_query) for d, q in prompts])
+        made = [self._prompt(d, q, embedded_query) for d, q in prompts]
+        check_memory(self._engine, made, max_new_tokens)
+        session = self._engine.prefill(made)
         return session.generate(max_new_tokens, stop_ids=() if ignore_stop else None)
 
     def score_ids(self, document: Sequence[int], query: Sequence[int], continuation: Sequence[int]) -> Scored:
         """Log-probabilities of the continuation; ``greedy``: whether greedy decoding would give it."""
-        session = self._engine.prefill([self._prompt(document, query)])
+        prompt = self._prompt(document, query)
+        check_memory(self._engine, [prompt], len(continuation))
+        session = self._engine.prefill([prompt])
         (logits,) = session.logits([list(continuation[:-1])])
         logits = logits[len(query) - 1 :]
         targets = np.asarray(continuation)
@@ -111,6 +119,7 @@ class EngineSystem:
             "weights": self._spec.weights or "checkpoint",
             "heads": self._spec.heads or ("checkpoint" if engine.model.retaining_hidden is not None else "none"),
             "method": self._method,
+            **({} if self._reason is None else {"chosen": engine.method.name, "reason": self._reason}),
             "method_options": self._spec.options.get(self._method, {}),
             "dtype": engine.model.dtype.name,
             "tokenizer": self.tokens.name,
@@ -134,22 +143,38 @@ def _facts(method: Any, notes: Sequence[str]) -> dict[str, Any]:
 
 def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     """Load the model once; the returned function puts it under a method."""
-    from apb_jax.mesh import has_accelerator, make_mesh, simulate_devices
+    from apb_jax.mesh import SP, has_accelerator, make_mesh, reserve_memory, simulate_devices
 
-    if not has_accelerator():
+    if has_accelerator():
+        reserve_memory()
+    else:
         simulate_devices((spec.sp or SIMULATED) * spec.tp)
     from apb_jax.attention.registry import MethodSpec
     from apb_jax.compile_cache import use_compile_cache
     from apb_jax.engine import Engine
     from apb_jax.measure.beside import Beside
+    from apb_jax.measure.choose import choose
     from apb_jax.prompt.style import PromptStyle
     from apb_jax.weights.checkpoint import load
 
     use_compile_cache()
-    methods = {name: MethodSpec(name, spec.options.get(name, {})) for name in spec.methods}
+    if spec.options.get(AUTO):
+        raise UserError(f"method {AUTO} decides itself; drop --set {sorted(spec.options[AUTO])} or name a method")
+    methods = {name: MethodSpec(name, spec.options.get(name, {})) for name in spec.methods if name != AUTO}
     mesh = make_mesh(spec.sp, spec.tp)
     model = load(spec.model, weights=spec.weights, heads=spec.heads, dtype=spec.dtype)
     if model.tokenizer is None:
         raise UserError(f"model {spec.model!r} has no tokenizer; benchmarks need one")
     engines = Beside(Engine(model, "full", mesh, prompt_style=PromptStyle("none"), shards=spec.shards))
-    return lambda name: EngineSystem(engines.of(methods[name]), spec, name)
+
+    def system(name: str) -> EngineSystem:
+        if name != AUTO:
+            return EngineSystem(engines.of(methods[name]), spec, name)
+        found = choose(model, spec.length or model.config.max_positions, mesh.shape[SP], tp=spec.tp)
+        chosen = MethodSpec(found.method)
+        shards = chosen.shards_on(found.devices, spec.shards if found.devices == mesh.shape[SP] else None)
+        place = mesh if found.devices == mesh.shape[SP] else make_mesh(found.devices, spec.tp)
+        engine = Engine(model, chosen, place, prompt_style=PromptStyle("none"), shards=shards, beside=engines.first)
+        return EngineSystem(engine, spec, name, found.reason)
+
+    return system

@@ -22,7 +22,15 @@ ORDER = [
     ("apb_jax.engine", "apb_jax.session", "apb_jax.generation"),
     ("apb_jax.synthetic", "apb_jax.options"),
     ("apb_jax.measure", "apb_jax.report", "apb_jax.screen", "apb_jax.task", "apb_jax.retaining"),
-    ("apb_jax.tiny", "apb_jax.serve", "apb_jax.run", "apb_jax.calibrate", "apb_jax.sessions", "apb_jax.plan"),
+    (
+        "apb_jax.tiny",
+        "apb_jax.serve",
+        "apb_jax.run",
+        "apb_jax.calibrate",
+        "apb_jax.sessions",
+        "apb_jax.plan",
+        "apb_jax.doctor",
+    ),
     ("converters", "evals"),
 ]
 """From the ground up: a file may import files of its own row and of those above it in this list, nothing else."""

@@ -35,7 +35,10 @@ class Full(AttentionMethod):
 
     name: ClassVar[str] = "full"
     can: ClassVar[Capabilities] = Capabilities(
-        exact=True, paper="Vaswani et al. 2017, arXiv 1706.03762", tested=("recordings", "transformers", "shards agree")
+        exact=True,
+        paper="Vaswani et al. 2017, arXiv 1706.03762",
+        gathers=True,
+        tested=("recordings", "transformers", "shards agree"),
     )
 
     def layout(self, prompts: Sequence[Prompt], shards: int) -> Layout:

@@ -36,6 +36,8 @@ class Capabilities:
     needs_heads: bool = False
     """Works with trained retaining heads only."""
     needs_query_in_prefill: bool = False
+    gathers: bool = False
+    """Whether every shard gathers the whole document's keys, so that the last one has the most work."""
     max_shards: int | None = None
     remaps_positions: bool = True
     """Whether ``--rope string`` composes with it."""

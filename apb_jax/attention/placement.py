@@ -56,6 +56,14 @@ class Placement:
             )
         return cls(devices, shards // devices, order)
 
+    @classmethod
+    def for_method(cls, exact: bool, shards: int | None, devices: int, order: str) -> Placement:
+        """As asked for (None: one shard a device), but a shard a device where more or another order change nothing."""
+        asked = cls.of(devices if shards is None else shards, devices)
+        if exact or asked.local == 1:
+            return cls(devices)
+        return cls(devices, asked.local, order)
+
     @property
     def shards(self) -> int:
         """Shards of the document."""

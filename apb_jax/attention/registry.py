@@ -64,6 +64,12 @@ class MethodSpec:
         """What the method can do."""
         return self.kind.can
 
+    def shards_on(self, devices: int, asked: int | None = None) -> int | None:
+        """Parts of the document: as asked, else one a device; on one as many as the method needs to be itself."""
+        if asked is not None or devices > 1:
+            return asked
+        return self.kind.shards_alone if self.kind.shards_alone > 1 else None
+
     @property
     def given(self) -> dict[str, Any]:
         """The options that have a value."""

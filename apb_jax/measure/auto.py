@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from apb_jax.attention.registry import METHODS
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
 
+Longest = Callable[[str, int], int]
+"""(method, devices) -> document tokens of the longest request that fits there."""
 GAIN = 1.25
 """How many times faster an approximate method must be before it is taken instead of an exact one."""
 
@@ -33,6 +35,16 @@ class Measurement:
     devices: int
     tokens: int
     prefill_s: float
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"a measurement is of method {self.method!r}; there are: {', '.join(METHODS)}")
+        for name in ("devices", "tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"a measurement has {name} {value!r}; it must be a whole number of at least 1")
+        if not isinstance(self.prefill_s, int | float) or not 0 < self.prefill_s < math.inf:
+            raise UserError(f"a measurement of {self.method} took {self.prefill_s!r} s; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,12 @@ class Calibration:
 
     device: str
     rows: tuple[Measurement, ...]
+
+    def __post_init__(self) -> None:
+        keys = [(row.method, row.devices, row.tokens) for row in self.rows]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise UserError("measurements name {} on {} devices at {} tokens twice".format(*twice))
 
     def predict(self, method: str, devices: int, tokens: int) -> float | None:
         """Seconds for ``tokens``: linear between measured lengths on logarithmic scales, continued at both ends.
@@ -72,20 +90,52 @@ class Calibration:
 
 
 def decide(
-    tokens: int, devices: int, config: ModelConfig, calibration: Calibration, *, approximate: bool = True
+    tokens: int,
+    devices: int,
+    config: ModelConfig,
+    calibration: Calibration,
+    *,
+    approximate: bool = True,
+    longest: Longest | None = None,
 ) -> Decision:
     """The fastest exact method on up to ``devices`` devices, or an approximate one that is GAIN times faster still.
 
-    ``approximate=False`` leaves only the exact ones. Methods that cannot serve the model on their devices are left out.
+    ``approximate=False`` leaves only the exact ones. Methods that cannot serve the model on their devices, or hold at
+    most ``longest(method, devices)`` tokens there, fewer than these, are left out.
     """
     times: dict[tuple[str, int], float] = {}
+    short: dict[tuple[str, int], int] = {}
     for method, count in calibration.candidates():
         seconds = calibration.predict(method, count, tokens)
         # What was measured had the heads that it needs.
         setup = Setup(config, model="", shards=count, devices=count, has_heads=True)
         if count <= devices and seconds is not None and METHODS[method].refuse(setup, {}) is None:
-            times[method, count] = seconds
+            room = tokens if longest is None else longest(method, count)
+            if room < tokens:
+                short[method, count] = room
+            else:
+                times[method, count] = seconds
+    left = ", ".join(f"{_said(key)} (at most {room:,})" for key, room in short.items())
+    found = _fastest(tokens, devices, times, approximate, left)
+    if longest is None:
+        return found
+    reason = found.reason + (f"; left out, {tokens} tokens do not fit: {left}" if short else "")
+    reason += f"; the longest document that fits so has {longest(found.method, found.devices):,} tokens"
+    return Decision(found.method, found.devices, reason)
+
+
+def _fastest(tokens: int, devices: int, times: dict[tuple[str, int], float], approximate: bool, left: str) -> Decision:
+    """The choice among methods that fit; ``left``: those that do not, in words."""
     exact = {key: s for key, s in times.items() if METHODS[key[0]].can.exact}
+    if not exact and left:
+        usable = times if approximate else {}
+        if not usable:
+            raise UserError(f"{tokens} tokens fit under no method that was measured here: {left}; give more devices")
+        best = min(usable, key=usable.__getitem__)
+        said = (
+            f"{tokens} tokens: {_said(best)} about {usable[best]:.3g} s; no exact method that was measured holds them"
+        )
+        return Decision(*best, said)
     if not exact:
         raise UserError(
             f"no exact method was measured on {devices} or fewer devices here; "
@@ -131,7 +181,7 @@ def read_calibration(path: Path, model: str) -> Calibration:
         raise UserError(
             f"--method auto needs measurements of this machine; run once: python -m apb_jax.calibrate --model {model}"
         ) from error
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{path} is not a calibration ({error}); delete it and run python -m apb_jax.calibrate"
         ) from error
