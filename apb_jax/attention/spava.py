@@ -23,7 +23,7 @@ from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.attention.ring import ring_order
 from apb_jax.errors import UserError
 from pallas_kernels.flash_attention import RowSegment
-from pallas_kernels.retaining_score import pool_and_mask
+from pallas_kernels.retaining_score import RowLimits, pool_and_mask
 from pallas_kernels.select import select_topk
 
 GRANULE = 128
@@ -147,9 +147,7 @@ class Spava(AttentionMethod):
         mean = total.reshape(q.shape[0], k.shape[2], -1, q.shape[-1]).mean(axis=2)
         mean = mean / shard.query_tokens.astype(jnp.float32)[:, None, None]
         raw = jnp.einsum("bskd,bkd->bsk", k.astype(jnp.float32), mean, precision="highest")
-        return pool_and_mask(
-            raw, pool=self.pool, dead_rows=0, masked_rows=self.anchor_tokens, valid_rows=self.anchor_tokens + exists
-        )
+        return pool_and_mask(raw, RowLimits(0, self.anchor_tokens, valid=self.anchor_tokens + exists), self.pool)
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:
         q, k = x.rotated()

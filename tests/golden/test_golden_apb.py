@@ -6,6 +6,7 @@ The folder is ``APB_GOLDEN`` (default ../shared/golden); its README defines the 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -94,7 +95,7 @@ def record_prefill(case: Case) -> tuple[list[dict[str, np.ndarray]], np.ndarray,
             q, k = x.rotated()
             raw = x.retaining.scores(x.q, x.k, x.v)
             found = {"q": q, "k": k, "v": x.v, "scores_raw": raw}
-            found["scores_pooled"] = pool_and_mask(raw, pool=method.pool, **(limits | {"masked_rows": 0}))
+            found["scores_pooled"] = pool_and_mask(raw, replace(limits, masked=0), method.pool)
             passing = None
             if method.passing_tokens and case.hosts > 1:
                 found["scores_masked"] = method.scores(x, k, shard)
