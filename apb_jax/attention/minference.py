@@ -27,6 +27,7 @@ from apb_jax.attention.minference_index import (
 )
 from apb_jax.attention.streaming import a_shape
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 from apb_jax.model.config import ModelConfig
 from pallas_kernels.block_sparse_attention import Blocks, KeyTiles, block_sparse_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
@@ -48,7 +49,7 @@ class Patterns:
 def read_patterns(path: str, heads: int) -> Patterns:
     """A pattern file in MInference's JSON format: per layer {"head": [type, vertical, slash, score]}."""
     try:
-        layers = json.loads(Path(path).read_text())
+        layers = parse_json(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"pattern file {path} cannot be read: {error}") from error
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, dict) for layer in layers):

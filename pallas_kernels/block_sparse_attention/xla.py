@@ -115,7 +115,8 @@ def xla(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:
         padded = jnp.pad(array, ((0, 0), (0, room - array.shape[1]), (0, 0), (0, 0)))
         return jnp.swapaxes(padded, 1, 2).reshape(-1, room, dim)
 
-    source = Flat(*(flat(array, max(keys, block_k)) for array in (call.k, call.v)), keys)
+    room = max(keys, block_k)
+    source = Flat(flat(call.k, room), flat(call.v, room), keys)
     q = flat(call.q, count * block_q).reshape(batch * heads, count, block_q, dim)
     row = jnp.arange(count * block_q, dtype=jnp.int32).reshape(count, block_q)
     attend = functools.partial(_attend, source=source, block_k=block_k, scale=call.scale)

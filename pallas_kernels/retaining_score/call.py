@@ -87,7 +87,7 @@ def pool_and_mask(raw: jax.Array, limits: RowLimits, pool: int) -> jax.Array:
     """raw float32 [B, S, K] -> scores: existing rows pooled by maximum over ``pool`` of them, masked ones last."""
     row = jnp.arange(raw.shape[1], dtype=jnp.int32)
     limits = limits.per_request(raw.shape[0])
-    dead, masked, valid = (limit[:, None] for limit in (limits.dead, limits.masked, limits.valid))
+    dead, masked, valid = (jnp.asarray(limit)[:, None] for limit in (limits.dead, limits.masked, limits.valid))
     exists = ((row >= dead) & (row < valid))[..., None]
     raw = jnp.where(exists, raw, -jnp.inf)
     half = pool // 2

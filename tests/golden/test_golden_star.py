@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import apb_jax
 from apb_jax.attention import METHODS
 from apb_jax.attention.inputs import Kernels
+from apb_jax.attention.placement import Placement
 from apb_jax.mesh import SP
 from apb_jax.model.layers import rms_norm
 from apb_jax.programs import Lengths
@@ -45,7 +46,7 @@ def test_phase_one(folder: Path) -> None:
     engine, hosts = engine_for(folder, settings), settings["hosts"]
     config, method = engine.model.config, engine.method
     layout = method.layout([engine.prompt(document, query)], hosts)
-    lengths = Lengths.of(layout, np.asarray([len(query)], np.int32))
+    lengths = Lengths.of(layout, np.asarray([len(query)], np.int32), Placement(hosts))
 
     def body(state: Any, tokens: Any, positions: Any, lengths: Lengths) -> Any:
         shard, model = lengths.shard(), engine.programs.model(state)
