@@ -12,7 +12,14 @@ from helpers import ROOT
 PACKAGES = ("apb_jax", "pallas_kernels", "converters", "evals")
 ORDER = [
     ("pallas_kernels",),
-    ("apb_jax.errors", "apb_jax.json_text", "apb_jax.mesh", "apb_jax.rope", "apb_jax.compile_cache"),
+    (
+        "apb_jax.errors",
+        "apb_jax.json_text",
+        "apb_jax.precision",
+        "apb_jax.mesh",
+        "apb_jax.rope",
+        "apb_jax.compile_cache",
+    ),
     ("apb_jax.model.weights", "apb_jax.model.families", "apb_jax.model.hf_keys", "apb_jax.model.config"),
     ("apb_jax.cache", "apb_jax.attention", "apb_jax.virtual"),
     ("apb_jax.model",),

@@ -6,6 +6,7 @@ scaled logit ``q_i . k_k / sqrt(D)`` before the softmax, over all answer rows i 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.inputs import LayerInputs
 from apb_jax.model.transformer import Transformer
+from apb_jax.precision import precision_of
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +52,9 @@ def attention_labels(
     """Labels of T keys from R answer rows (rows whose ``row_exists`` is False do not count); float32."""
     batch, rows, heads, dim = q.shape
     groups = q.reshape(batch, rows, k.shape[2], heads // k.shape[2], dim)
-    logits = jnp.einsum("brkgd,btkd->bkrgt", groups, k, preferred_element_type=jnp.float32) * dim**-0.5
+    precision = precision_of(k.dtype)
+    logits = jnp.einsum("brkgd,btkd->bkrgt", groups, k, precision=precision, preferred_element_type=jnp.float32)
+    logits = logits * dim**-0.5
     return jnp.max(jnp.where(row_exists[None, None, :, None, None], logits, -jnp.inf), axis=(2, 3))
 
 
@@ -59,7 +63,8 @@ def causal_attention(
 ) -> Float[Array, "B S H D"]:
     """Plain causal attention: cuDNN on a GPU in 16-bit types, XLA elsewhere."""
     cudnn = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if cudnn else "xla")
+    with jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else contextlib.nullcontext():
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if cudnn else "xla")
 
 
 def trace(graph: nnx.GraphDef, weights: nnx.State, sample: Sample) -> Traces:
