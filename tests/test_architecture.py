@@ -26,7 +26,7 @@ ORDER = [
     ("apb_jax.presets", "apb_jax.sampling"),
     ("apb_jax.weights", "apb_jax.programs"),
     ("apb_jax.prefill", "apb_jax.decode", "apb_jax.prompt"),
-    ("apb_jax.engine", "apb_jax.session", "apb_jax.generation"),
+    ("apb_jax.engine", "apb_jax.batching", "apb_jax.session", "apb_jax.generation"),
     ("apb_jax.synthetic", "apb_jax.options"),
     ("apb_jax.measure", "apb_jax.report", "apb_jax.screen", "apb_jax.task", "apb_jax.retaining"),
     ("apb_jax.tiny", "apb_jax.serve", "apb_jax.run", "apb_jax.calibrate", "apb_jax.sessions", "apb_jax.plan"),

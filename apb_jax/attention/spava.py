@@ -88,6 +88,10 @@ class Spava(AttentionMethod):
     def visible_keys(self, layout: Layout, shard: int) -> dict[str, int]:
         return {"passing": shard * self.passing_tokens} | super().visible_keys(layout, shard)
 
+    def batch_key(self, prompt: Prompt, shards: int) -> int:
+        """Virtual blocks have one size in a batch."""
+        return self.block_rows([prompt], shards)
+
     def block_rows(self, prompts: Sequence[Prompt], shards: int) -> int:
         """Tokens of a virtual block."""
         return bucket(-(-(max(len(p.document) for p in prompts) - self.anchor_tokens) // (2 * shards)))
