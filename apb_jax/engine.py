@@ -15,6 +15,7 @@ from apb_jax.attention.inputs import Kernels, Prompt
 from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.attention.placement import Placement
 from apb_jax.attention.registry import MethodSpec, refusal, resolve
+from apb_jax.batching import answer_batch, common_method
 from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer
@@ -188,6 +189,8 @@ class Engine:
     ) -> Answer | list[Answer]:
         """Answer ``query`` about ``document``: text or token ids; a list of either is a batch and gives a list.
 
+        Every answer is the one that its request would get alone (see ``batching``).
+
         ``options``: those of ``Session.start``: ``sampler``; ``seed``; ``stop_ids`` (ids that end an answer and are not
         part of it; default: the template's and the model's); ``logits``; ``on_tokens(request, ids)``, called as tokens
         arrive. Raises UserError for input that cannot be served, before anything runs.
@@ -199,7 +202,7 @@ class Engine:
             raise UserError(f"{len(documents)} documents and {len(queries)} queries; give one query, or one each")
         prompts = [self.prompt(d, q, embedded_query) for d, q in zip(documents, queries, strict=True)]  # type: ignore[arg-type]
         self.check_lengths(prompts, [prompt.query for prompt in prompts], max_new_tokens)
-        answers = self.prefill(prompts).generate(max_new_tokens, **options)
+        answers = answer_batch(self, prompts, max_new_tokens, **options)
         return answers if batch else answers[0]
 
     @property
@@ -211,8 +214,10 @@ class Engine:
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     def choose(self, prompts: list[Prompt]) -> tuple[AttentionMethod, tuple[str, ...]]:
-        """The method for these prompts, and what the user should know about it (budgets, fallback to full)."""
-        return resolve(self.method, self.setup(len(prompts), prompts))
+        """The one method for these prompts, and what the user should know about it (budgets, fallback to full)."""
+        if len(prompts) > 1:
+            return common_method(self, prompts)
+        return resolve(self.method, self.setup(1, prompts))
 
     def prefill(self, prompts: list[Prompt]) -> Session:
         """Run the documents through all layers; the returned session answers from their KV cache."""

@@ -57,7 +57,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request got, and what it cost. Times are of the whole batch; compilation is apart."""
+    """What one request got, and what it cost. Times are of the requests served together; compilation is apart."""
 
     text: str
     tokens: list[int]

@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Unsupported, device
-from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
+from pallas_kernels.block_sparse_attention import Blocks, KeyTiles, block_sparse_attention
 from pallas_kernels.block_sparse_attention.api import IMPLEMENTATIONS as SPARSE
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.api import IMPLEMENTATIONS as DECODE
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.flash_attention.api import IMPLEMENTATIONS as FLASH
-from pallas_kernels.retaining_score import retaining_score
+from pallas_kernels.retaining_score import RowLimits, retaining_score
 from pallas_kernels.retaining_score.api import IMPLEMENTATIONS as SCORE
 from pallas_kernels.select import select_topk
 from pallas_kernels.select.api import IMPLEMENTATIONS as SELECT
@@ -260,7 +260,7 @@ def bench_score(report: Report, quick: bool) -> None:
     first = Work(2.0 * rows * width * hidden, "TFLOP/s")
     ms = device_ms(lambda x, w1: x[0] @ w1, [(x, w1)])
     report.row("retaining_score", "first product alone", "cuBLAS", ms, first)
-    marks = {"dead_rows": 0, "masked_rows": 4096, "valid_rows": rows}
+    marks = {"limits": RowLimits(0, 4096, rows)}
     want = jax.jit(functools.partial(retaining_score, implementation="reference", **marks))(x, w1, w2)
     folded = x[0].astype(jnp.bfloat16) @ w1
     want_folded = retaining_score(None, None, w2, hidden=folded[None], implementation="reference", **marks)
@@ -380,7 +380,7 @@ def bench_sparse(report: Report, quick: bool) -> None:
         work = Work(4.0 * HEADS * DIM * pairs, "TFLOP/s")
         sample = slice(rows - 4 * block, rows)  # float32 of the last rows only: the reference's mask is dense
         few = jax.tree.map(lambda a: a[:, :, -4:], tiles)
-        shape = {"block_q": block, "block_k": block}
+        shape = {"blocks": Blocks(block, block)}
         want = block_sparse_attention(
             *(a.astype(jnp.float32) for a in (q[:, sample], k, v)), few, **shape,
             causal_offset=rows - 4 * block, implementation="reference",

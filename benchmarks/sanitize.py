@@ -8,7 +8,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
+from pallas_kernels.block_sparse_attention import Blocks, KeyTiles, block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.select import select_topk
@@ -45,7 +45,7 @@ def sparse(implementation):
     starts = jnp.broadcast_to(jnp.array([-7, 60, 124], jnp.int32), (1, 4, 3, 3))
     counts, columns = jnp.full((1, 4, 3), 3, jnp.int32), jnp.full((1, 4, 3, 1), 58, jnp.int32)
     tiles = KeyTiles(starts, counts, columns, jnp.ones((1, 4, 3), jnp.int32))
-    return block_sparse_attention(q, k, v, tiles, block_q=64, block_k=64, implementation=implementation)
+    return block_sparse_attention(q, k, v, tiles, blocks=Blocks(64, 64), implementation=implementation)
 
 
 KERNELS = {

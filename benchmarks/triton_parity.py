@@ -112,12 +112,12 @@ def select_bench(rows: int, count: int) -> Bench:
 
 def sparse_bench(case: str, block: int, windows: int, columns: int) -> Bench:
     from benchmarks.kernels import sparse_tiles
-    from pallas_kernels.block_sparse_attention import block_sparse_attention
+    from pallas_kernels.block_sparse_attention import Blocks, block_sparse_attention
 
     rows = 32768
     q, k, v = (normal(s, 1, rows, heads, DIM) for s, heads in ((0, HEADS), (1, KV_HEADS), (2, KV_HEADS)))
     tiles, pairs = sparse_tiles(rows, block, windows, columns)
-    shape = {"block_q": block, "block_k": block}
+    shape = {"blocks": Blocks(block, block)}
 
     def run(name, q, k, v, tiles):
         return block_sparse_attention(q, k, v, tiles, **shape, implementation=name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,10 +17,9 @@ from apb_jax.weights.atomic import require_space, staged_file, staged_folder
 from apb_jax.weights.checkpoint import HFFolder, LoadedModel, load
 from apb_jax.weights.folding import FOLDED, fold
 from apb_jax.weights.gguf_header import is_gguf
-from apb_jax.weights.hf_folder import INDEX_FILE, read_config
+from apb_jax.weights.hf_folder import read_config
 from apb_jax.weights.locate import locate, locate_heads
 from apb_jax.weights.manifest import (
-    MANIFEST_FILE,
     FileRecord,
     Manifest,
     expected_hashes,
@@ -35,9 +33,8 @@ from apb_jax.weights.retaining_heads import check_heads, read_heads
 from apb_jax.weights.safetensors_header import DTYPES
 from apb_jax.weights.spread import spread
 from apb_jax.weights.stream import Progress
+from converters.side_files import copy_side_files, side_files
 
-SIDE_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
-"""What is copied beside the weights: configuration, generation settings, tokenizer."""
 DISK_MARGIN = 64 * 2**20
 
 
@@ -82,7 +79,8 @@ def convert_model(
         raise UserError(f"{source} has no retaining heads to fold; give --heads FILE")
     parameters = _parameters(model, fold_heads)
     files, mesh = model.source.files, _mesh(model, sp, tp)
-    if out.exists() and _same(out, model, files, fold_heads):
+    beside = side_files(model.folder)
+    if out.exists() and _same(out, model, files, beside, fold_heads):
         return Converted(out, *_size(parameters), already=True)
     size, count = _size(parameters)
     require_space(out, size + DISK_MARGIN)
@@ -96,7 +94,7 @@ def convert_model(
         records = hashing.result()
         verify(records, expected_hashes(files))
         save(partial, arrays)
-        _copy_side_files(model.folder, partial)
+        copy_side_files(model.folder, partial)
         _write_manifest(partial, model, parameters, records, located.hub_id or located.name, located.revision)
     return Converted(out, size, count)
 
@@ -120,8 +118,8 @@ def _size(parameters: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[int, int]:
     return sum(s.size * s.dtype.itemsize for s in shapes), sum(s.size for s in shapes)
 
 
-def _same(out: Path, model: LoadedModel, files: list[Path], fold_heads: bool) -> bool:
-    """Whether ``out`` is this very conversion, finished earlier."""
+def _same(out: Path, model: LoadedModel, files: list[Path], beside: list[Path], fold_heads: bool) -> bool:
+    """Whether ``out`` is this very conversion of the same bytes, finished earlier; reads all of the source."""
     manifest = read_manifest(out)
     return (
         manifest is not None
@@ -133,14 +131,9 @@ def _same(out: Path, model: LoadedModel, files: list[Path], fold_heads: bool) ->
         == {file.name: file.stat().st_size for file in files}
         and all((out / name).is_file() for name in manifest.files)
         and read_config(out) == model.config
+        and all(manifest.files.get(file.name) == record for file, record in hash_files(beside).items())
+        and manifest.source_files == {file.name: record for file, record in hash_files(files).items()}
     )
-
-
-def _copy_side_files(source: Path, target: Path) -> None:
-    for pattern in SIDE_FILES:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.name not in (INDEX_FILE, MANIFEST_FILE):
-                shutil.copyfile(file, target / file.name)
 
 
 def _write_manifest(

@@ -15,11 +15,12 @@ from apb_jax.errors import UserError
 from apb_jax.weights.atomic import require_space, staged_folder
 from apb_jax.weights.checkpoint import OrbaxFolder, load
 from apb_jax.weights.hf_folder import HEADS_FILE, INDEX_FILE
-from apb_jax.weights.manifest import MANIFEST_FILE, Manifest, hash_files, read_manifest, verify
+from apb_jax.weights.manifest import Manifest, hash_files, read_manifest, verify
 from apb_jax.weights.mapping import RETAINING_HEADS, Rule, rules_for
 from apb_jax.weights.orbax_folder import restore
 from apb_jax.weights.stream import Progress
-from converters.convert import DISK_MARGIN, SIDE_FILES, Converted
+from converters.convert import DISK_MARGIN, Converted
+from converters.side_files import copy_side_files
 
 SINGLE_FILE_BYTES = 4 * 10**9
 """A larger model is written as one file per rule, with an index."""
@@ -45,10 +46,7 @@ def export(source: str, out: Path, *, progress: Progress | None = None) -> Conve
     require_space(out, size + DISK_MARGIN)
     rules = [r for r in rules_for(model.config, model.retaining_hidden) if r not in RETAINING_HEADS]
     with staged_folder(out) as partial:
-        for pattern in SIDE_FILES:
-            for file in folder.glob(pattern):
-                if file.name != MANIFEST_FILE:
-                    (partial / file.name).write_bytes(file.read_bytes())
+        copy_side_files(folder, partial)
         _write_model(model, rules, partial, size, progress)
         if model.retaining_hidden:
             save_file(_heads(model), partial / HEADS_FILE)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Protocol
 from rich.console import Console
 
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 from apb_jax.synthetic.packaged import NOVEL
 from evals.base import EvalError, Generator, LogProbs, SystemSpec, Task, require_choice
 from evals.datahelp import WHERE
@@ -180,7 +181,7 @@ def _spec(args: argparse.Namespace) -> SystemSpec:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 
@@ -213,7 +214,7 @@ def _haystack(args: argparse.Namespace) -> tuple[str, str]:
         return _read_text(args.text), Path(args.text).name
     if args.data:
         path = corpus.find(args.data, "essays")
-        return json.loads(path.read_text(encoding="utf-8"))["text"], path.name
+        return parse_json(path.read_text(encoding="utf-8"))["text"], path.name
     return _read_text(NOVEL), NOVEL.name
 
 

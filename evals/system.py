@@ -86,10 +86,11 @@ class EngineSystem:
         ignore_stop: bool = False,
     ) -> list[Any]:
         """The engine's answers to a batch of (document, query) ids."""
-        made = [self._prompt(d, q, embedded_query) for d, q in prompts]
-        check_memory(self._engine, made, max_new_tokens)
-        session = self._engine.prefill(made)
-        return session.generate(max_new_tokens, stop_ids=() if ignore_stop else None)
+        from apb_jax.batching import answer_batch
+
+        asked = [self._prompt(d, q, embedded_query) for d, q in prompts]
+        check_memory(self._engine, asked, max_new_tokens)
+        return answer_batch(self._engine, asked, max_new_tokens, stop_ids=() if ignore_stop else None)
 
     def score_ids(self, document: Sequence[int], query: Sequence[int], continuation: Sequence[int]) -> Scored:
         """Log-probabilities of the continuation; ``greedy``: whether greedy decoding would give it."""

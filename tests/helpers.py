@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,6 @@ from apb_jax.weights.checkpoint import LoadedModel, RandomWeights
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("APB_GOLDEN", ROOT.parent / "shared" / "golden"))
 DATA = ROOT.parent / "shared" / "data"
-
-
-def golden_cases(*methods: str) -> list[str]:
-    """Names of the recorded cases of these methods, empty where the folder is absent."""
-    found = []
-    for path in sorted(GOLDEN.glob("*/case.json")):
-        if json.loads(path.read_text()).get("method") in methods:
-            found.append(path.parent.name)
-    return found
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

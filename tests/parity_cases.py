@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "max_position_embeddings": 256,
+        "head_dim": 32,  # enough frequencies that all three bands of the rule have some
         "attention_bias": False,
         "mlp_bias": False,
         "eos_token_id": [2, 3],

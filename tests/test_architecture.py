@@ -12,14 +12,21 @@ from helpers import ROOT
 PACKAGES = ("apb_jax", "pallas_kernels", "converters", "evals")
 ORDER = [
     ("pallas_kernels",),
-    ("apb_jax.errors", "apb_jax.mesh", "apb_jax.rope", "apb_jax.compile_cache"),
+    (
+        "apb_jax.errors",
+        "apb_jax.json_text",
+        "apb_jax.precision",
+        "apb_jax.mesh",
+        "apb_jax.rope",
+        "apb_jax.compile_cache",
+    ),
     ("apb_jax.model.weights", "apb_jax.model.families", "apb_jax.model.hf_keys", "apb_jax.model.config"),
     ("apb_jax.cache", "apb_jax.attention", "apb_jax.virtual"),
     ("apb_jax.model",),
     ("apb_jax.presets", "apb_jax.sampling"),
     ("apb_jax.weights", "apb_jax.programs"),
     ("apb_jax.prefill", "apb_jax.decode", "apb_jax.prompt"),
-    ("apb_jax.engine", "apb_jax.session", "apb_jax.generation"),
+    ("apb_jax.engine", "apb_jax.batching", "apb_jax.session", "apb_jax.generation"),
     ("apb_jax.synthetic", "apb_jax.options"),
     ("apb_jax.measure", "apb_jax.report", "apb_jax.screen", "apb_jax.task", "apb_jax.retaining"),
     (
@@ -35,7 +42,16 @@ ORDER = [
 ]
 """From the ground up: a file may import files of its own row and of those above it in this list, nothing else."""
 LONGEST_FILE = 450
-WIDEST, MOST_WIDE = 8, 6
+WIDEST = 8
+WIDE = (
+    "pallas_kernels.block_sparse_attention.triton_kernel.block_sparse_rows",
+    "pallas_kernels.decode_attention.mosaic_gpu._kernel",
+    "pallas_kernels.flash_attention.mosaic_gpu._kernel",
+    "pallas_kernels.flash_attention.triton_kernel._attend_range",
+    "pallas_kernels.flash_attention.triton_kernel.flash_attention_rows",
+    "pallas_kernels.select.triton_kernel.place_rows",
+)
+"""Kernels of the GPU: one parameter for each array they read and write, and each constant; they cannot be grouped."""
 
 
 def modules() -> dict[str, Path]:
@@ -144,8 +160,6 @@ def test_files_and_functions_keep_their_size() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                # A kernel for the GPU takes one pointer for each array and its constants: they cannot be grouped.
-                on_device = any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
-                if len([a for a in given if a.arg not in ("self", "cls")]) > WIDEST and not on_device:
+                if len([a for a in given if a.arg not in ("self", "cls")]) > WIDEST:
                     wide.append(f"{name}.{node.name}")
-    assert len(wide) <= MOST_WIDE, wide
+    assert sorted(wide) == sorted(WIDE)

@@ -26,7 +26,7 @@ from apb_jax.attention.shared_anchor import anchor_edge, gather_with_anchor, sha
 from apb_jax.errors import UserError
 from apb_jax.rope.base import rope_table
 from pallas_kernels.flash_attention import RowSegment, flash_attention
-from pallas_kernels.retaining_score import pool_and_mask, retaining_score
+from pallas_kernels.retaining_score import RowLimits, pool_and_mask, retaining_score
 from pallas_kernels.select import select_topk
 
 SCORERS = ("heads", "query")
@@ -171,7 +171,7 @@ class APB(AttentionMethod):
             return 0
         return -(-self.anchor_tokens // shard.count) if self.shared_anchor else self.anchor_tokens
 
-    def score_limits(self, shard: Shard, lead: int) -> dict[str, Any]:
+    def score_limits(self, shard: Shard, lead: int) -> RowLimits:
         """Limits of scores with ``lead`` anchor rows in front of the block's.
 
         Rows that do not exist (shard 0 has no anchor), may not be selected (the document's start), and exist.
@@ -179,7 +179,7 @@ class APB(AttentionMethod):
         first = shard.index == 0
         dead = jnp.where(first, lead, 0)
         masked = lead + jnp.where(first, self.anchor_tokens if shard.count > 1 else 0, 0)
-        return {"dead_rows": dead, "masked_rows": masked, "valid_rows": lead + shard.block_rows}
+        return RowLimits(dead, masked, valid=lead + shard.block_rows)
 
     def scores(self, x: LayerInputs, k: Float[Array, "B S K D"], shard: Shard) -> Float[Array, "B S K"]:
         """Pooled and masked scores of all local rows, float32; ``k`` after RoPE.
@@ -196,7 +196,7 @@ class APB(AttentionMethod):
                 edge = anchor_edge(hidden[:, :anchor], self.anchor_tokens, lead, shard)
                 hidden = jnp.concatenate([edge, hidden[:, anchor:]], axis=1)
             limits = self.score_limits(shard, lead)
-            pooled = retaining_score(None, None, x.retaining.fc2, hidden=hidden, pool=self.pool, **limits)
+            pooled = retaining_score(None, None, x.retaining.fc2, limits=limits, pool=self.pool, hidden=hidden)
             return pooled[:, lead:] if self.shared_anchor else pooled
         asked = x.q[:, :anchor]
         if self.shared_anchor:
@@ -216,7 +216,7 @@ class APB(AttentionMethod):
         )
         lead = 0 if self.shared_anchor else anchor
         raw = jnp.pad(raw, ((0, 0), (lead, 0), (0, 0)))  # the anchor's own rows score 0, which no block row is below
-        return pool_and_mask(raw, pool=self.pool, **self.score_limits(shard, lead))
+        return pool_and_mask(raw, self.score_limits(shard, lead), self.pool)
 
     def exchange(
         self, scores: Float[Array, "B S K"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], shard: Shard

@@ -19,6 +19,7 @@ from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, bucket
 from apb_jax.attention.method import AttentionMethod, Capabilities
 from apb_jax.errors import UserError
+from apb_jax.precision import precision_of
 from apb_jax.rope.base import rope_table, rotate
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 
@@ -95,7 +96,12 @@ class Locret(AttentionMethod):
         slots, chunk, local = min(self.budget_tokens, rows), self.chunk_tokens, self.local_tokens
         chunked = jnp.maximum(shard.block_rows - jnp.maximum(local - shard.query_tokens, 0), 0)
         hidden = x.retaining.hidden(x.q, x.k, x.v, x.tp_axis)
-        scores = jnp.matmul(jax.nn.silu(hidden), x.retaining.fc2, preferred_element_type=jnp.float32)
+        scores = jnp.matmul(
+            jax.nn.silu(hidden),
+            x.retaining.fc2,
+            precision=precision_of(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
         count = -(-rows // chunk)
 
         def cut(a: Array) -> Array:

@@ -8,7 +8,7 @@ and one merge; a method with its own rule overrides ``decode``.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -136,6 +136,13 @@ class AttentionMethod(abc.ABC):
 
     def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
         """Why an approximate method is full attention for these prompts; None where it is not, or where it is exact."""
+        return None
+
+    def batch_key(self, prompt: Prompt, shards: int) -> Hashable:
+        """What requests must have in common, beside this method, for a batch of them to be each one alone.
+
+        By default nothing: no row sees how long other requests are.
+        """
         return None
 
     def dense_layers_of(self, config: ModelConfig) -> tuple[int, ...]:

@@ -27,8 +27,9 @@ from apb_jax.attention.minference_index import (
 )
 from apb_jax.attention.streaming import a_shape
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 from apb_jax.model.config import ModelConfig
-from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
+from pallas_kernels.block_sparse_attention import Blocks, KeyTiles, block_sparse_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 
 TYPES = ("vertical_and_slash", "block_sparse", "stream_llm")
@@ -48,7 +49,7 @@ class Patterns:
 def read_patterns(path: str, heads: int) -> Patterns:
     """A pattern file in MInference's JSON format: per layer {"head": [type, vertical, slash, score]}."""
     try:
-        layers = json.loads(Path(path).read_text())
+        layers = parse_json(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"pattern file {path} cannot be read: {error}") from error
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, dict) for layer in layers):
@@ -206,7 +207,7 @@ class MInference(AttentionMethod):
                     tiles.columns,
                     None if tiles.column_counts is None else jnp.where(is_block, 0, tiles.column_counts),
                 )
-        out, _ = block_sparse_attention(q, k, x.v, tiles, block_q=TILE, block_k=TILE)
+        out, _ = block_sparse_attention(q, k, x.v, tiles, blocks=Blocks(TILE, TILE))
         stream = table.types == TYPES.index("stream_llm")
         for sinks, window in sorted(set(zip(table.vertical[stream], table.slash[stream], strict=True))):
             other, _ = a_shape(Queries(q), Keys(k, x.v), int(sinks), int(window), kernels.attention)

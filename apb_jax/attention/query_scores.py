@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from apb_jax.precision import precision_of
 from apb_jax.rope.base import rotate
 
 WINDOW = 64
@@ -37,7 +38,9 @@ def query_scores(
     asked = rotate(asked, cos, sin)
     batch, _, heads, dim = asked.shape
     groups = asked.reshape(batch, window, k.shape[2], heads // k.shape[2], dim)
-    logits = jnp.einsum("bwkgd,bckd->bwkgc", groups, k, preferred_element_type=jnp.float32) * dim**-0.5
+    precision = precision_of(k.dtype)
+    logits = jnp.einsum("bwkgd,bckd->bwkgc", groups, k, precision=precision, preferred_element_type=jnp.float32)
+    logits = logits * dim**-0.5
     exists = jnp.arange(k.shape[1], dtype=jnp.int32)[None] < block_rows[:, None]
     mass = jax.nn.softmax(jnp.where(exists[:, None, None, None], logits, -jnp.inf), axis=-1)
     real = last >= query_at  # a query shorter than the window leaves its first rows empty

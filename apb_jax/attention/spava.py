@@ -23,7 +23,7 @@ from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.attention.ring import ring_order
 from apb_jax.errors import UserError
 from pallas_kernels.flash_attention import RowSegment
-from pallas_kernels.retaining_score import pool_and_mask
+from pallas_kernels.retaining_score import RowLimits, pool_and_mask
 from pallas_kernels.select import select_topk
 
 GRANULE = 128
@@ -88,6 +88,10 @@ class Spava(AttentionMethod):
     def visible_keys(self, layout: Layout, shard: int) -> dict[str, int]:
         return {"passing": shard * self.passing_tokens} | super().visible_keys(layout, shard)
 
+    def batch_key(self, prompt: Prompt, shards: int) -> int:
+        """Virtual blocks have one size in a batch."""
+        return self.block_rows([prompt], shards)
+
     def block_rows(self, prompts: Sequence[Prompt], shards: int) -> int:
         """Tokens of a virtual block."""
         return bucket(-(-(max(len(p.document) for p in prompts) - self.anchor_tokens) // (2 * shards)))
@@ -147,9 +151,7 @@ class Spava(AttentionMethod):
         mean = total.reshape(q.shape[0], k.shape[2], -1, q.shape[-1]).mean(axis=2)
         mean = mean / shard.query_tokens.astype(jnp.float32)[:, None, None]
         raw = jnp.einsum("bskd,bkd->bsk", k.astype(jnp.float32), mean, precision="highest")
-        return pool_and_mask(
-            raw, pool=self.pool, dead_rows=0, masked_rows=self.anchor_tokens, valid_rows=self.anchor_tokens + exists
-        )
+        return pool_and_mask(raw, RowLimits(0, self.anchor_tokens, valid=self.anchor_tokens + exists), self.pool)
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:
         q, k = x.rotated()

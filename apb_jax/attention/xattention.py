@@ -21,7 +21,7 @@ from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, chunk_layout
 from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.errors import UserError
-from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
+from pallas_kernels.block_sparse_attention import Blocks, KeyTiles, block_sparse_attention
 
 BLOCK = 128
 STRIDES = (4, 8, 16)
@@ -124,9 +124,7 @@ def attend_blocks(
     """Exact causal attention over the chosen blocks."""
     order = jnp.argsort(~chosen, axis=-1, stable=True).astype(jnp.int32)
     tiles = KeyTiles(order * block, chosen.sum(axis=-1, dtype=jnp.int32))
-    return block_sparse_attention(
-        q, keys.k, keys.v, tiles, block_q=block, block_k=block, causal_offset=offset
-    )[0]  # fmt: skip
+    return block_sparse_attention(q, keys.k, keys.v, tiles, blocks=Blocks(block, block), causal_offset=offset)[0]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import jax
 from apb_jax.attention.method import Setup
 from apb_jax.attention.registry import METHODS
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 from apb_jax.model.config import ModelConfig
 
 Longest = Callable[[str, int], int]
@@ -175,7 +176,7 @@ def calibration_path(config: ModelConfig, dtype: str) -> Path:
 def read_calibration(path: Path, model: str) -> Calibration:
     """What ``write_calibration`` stored; UserError with the command to run where there is nothing usable."""
     try:
-        stored = json.loads(path.read_text())
+        stored = parse_json(path.read_text())
         return Calibration(stored["device"], tuple(Measurement(**row) for row in stored["rows"]))
     except FileNotFoundError as error:
         raise UserError(

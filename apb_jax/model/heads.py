@@ -13,6 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from apb_jax.precision import precision_of
+
+
+def _product(x: Float[Array, "B S I"], weight: Float[Array, "I O"]) -> Float[Array, "B S O"]:
+    """x @ weight, float32."""
+    return jnp.matmul(x, weight, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -34,17 +41,14 @@ class RetainingHead:
         """fc1(concat(q, k, v)) before the activation; one ``psum`` over ``tp_axis`` where heads are split over it."""
         flat = [x.reshape(*x.shape[:2], -1) for x in (q, k, v)]
         weights = (self.fc1_q, self.fc1_k, self.fc1_v)
-        out = sum(jnp.matmul(x, w, preferred_element_type=jnp.float32) for x, w in zip(flat, weights, strict=True))
-        out = jnp.asarray(out)
+        out = jnp.asarray(sum(_product(x, w) for x, w in zip(flat, weights, strict=True)))
         return (jax.lax.psum(out, tp_axis) if tp_axis else out).astype(q.dtype)
 
     def scores(
         self, q: Float[Array, "B S H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"]
     ) -> Float[Array, "B S K"]:
         """Raw scores without pooling or masks, float32: what the training fits."""
-        return jnp.matmul(jax.nn.silu(self.hidden(q, k, v)), self.fc2, preferred_element_type=jnp.float32).astype(
-            jnp.float32
-        )
+        return _product(jax.nn.silu(self.hidden(q, k, v)), self.fc2)
 
 
 @jax.tree_util.register_dataclass
@@ -72,4 +76,4 @@ class FoldedRetainingHead:
         self, q: Float[Array, "B S H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"]
     ) -> Float[Array, "B S K"]:
         """Raw scores without pooling or masks, float32."""
-        return jnp.matmul(jax.nn.silu(self.folded), self.fc2, preferred_element_type=jnp.float32).astype(jnp.float32)
+        return _product(jax.nn.silu(self.folded), self.fc2)

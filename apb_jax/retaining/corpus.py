@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 from apb_jax.prompt.codec import PromptCodec
 
 DOCUMENT = ("document", "context", "prompt", "input")
@@ -92,9 +93,9 @@ def read_records(path: Path) -> list[Record]:
     try:
         if path.suffix == ".jsonl":
             lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-            return [parse_record(json.loads(line), f"{path} line {i}") for i, line in lines]
+            return [parse_record(parse_json(line), f"{path} line {i}") for i, line in lines]
         if path.suffix == ".json":
-            whole = json.loads(text)
+            whole = parse_json(text)
             items = whole if isinstance(whole, list) else [whole]
             return [parse_record(item, f"{path} record {i}") for i, item in enumerate(items)]
     except json.JSONDecodeError as error:

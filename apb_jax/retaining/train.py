@@ -24,7 +24,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
@@ -35,7 +35,7 @@ from apb_jax.model.heads import RetainingHead
 from apb_jax.prompt.codec import PromptCodec
 from apb_jax.prompt.codec import make_codec as codec_of
 from apb_jax.retaining.corpus import Corpus, Example, read_data_set, read_records
-from apb_jax.retaining.labels import trace
+from apb_jax.retaining.labels import Sample, trace
 from apb_jax.retaining.objective import layer_scores, retaining_loss, top_overlap
 from apb_jax.weights.checkpoint import LoadedModel, load
 
@@ -96,34 +96,27 @@ def padded(n: int, smallest: int) -> int:
     return size
 
 
-@partial(jax.jit, static_argnames=("graph", "recipe", "prompt_rows", "answer_rows"), donate_argnums=(2, 3))
+@partial(jax.jit, static_argnames=("graph", "recipe"), donate_argnums=(2, 3))
 def train_step(
     graph: nnx.GraphDef,
     weights: nnx.State,
     heads: RetainingHead,
     moments: optax.OptState,
-    tokens: Int[Array, "1 S"],
-    prompt_tokens: Int[Array, ""],
-    total_tokens: Int[Array, ""],
+    sample: Sample,
     *,
     recipe: Recipe,
-    prompt_rows: int,
-    answer_rows: int,
 ) -> tuple[RetainingHead, optax.OptState, Float[Array, ""], Float[Array, "L K"]]:
     """(heads, optimizer state, loss, top-10% overlap per head) after one sample."""
-    traces = trace(
-        graph, weights, tokens, prompt_tokens=prompt_tokens, total_tokens=total_tokens,
-        prompt_rows=prompt_rows, answer_rows=answer_rows,
-    )  # fmt: skip
+    traces = trace(graph, weights, sample)
 
     def loss_of(heads: RetainingHead) -> tuple[Float[Array, ""], Float[Array, "L K T"]]:
         cast = jax.tree.map(lambda w: w.astype(traces.q.dtype), heads)
         scores = layer_scores(cast, traces.q, traces.k, traces.v)
-        return retaining_loss(scores, traces.labels, prompt_tokens, recipe.smoothing), scores
+        return retaining_loss(scores, traces.labels, sample.prompt_tokens, recipe.smoothing), scores
 
     (loss, scores), gradient = jax.value_and_grad(loss_of, has_aux=True)(heads)
     updates, moments = recipe.optimizer().update(gradient, moments, heads)
-    return optax.apply_updates(heads, updates), moments, loss, top_overlap(scores, traces.labels, prompt_tokens)
+    return optax.apply_updates(heads, updates), moments, loss, top_overlap(scores, traces.labels, sample.prompt_tokens)
 
 
 def hf_heads(heads: RetainingHead) -> dict[str, np.ndarray]:
@@ -217,10 +210,8 @@ def train(
             prompt_rows, answer_rows = padded(prompt, 256), padded(len(example.answer), 128)
             tokens = np.zeros((1, prompt_rows + answer_rows), np.int32)
             tokens[0, :total] = np.concatenate([example.prompt, example.answer])
-            heads, moments, loss, overlap = train_step(
-                graph, weights, heads, moments, jnp.asarray(tokens), jnp.int32(prompt), jnp.int32(total),
-                recipe=recipe, prompt_rows=prompt_rows, answer_rows=answer_rows,
-            )  # fmt: skip
+            sample = Sample(jnp.asarray(tokens), jnp.int32(prompt), jnp.int32(total), prompt_rows, answer_rows)
+            heads, moments, loss, overlap = train_step(graph, weights, heads, moments, sample, recipe=recipe)
             recent.append((loss, overlap))
             if step % 10 == 0 or step == recipe.steps:
                 mean = float(np.mean([float(x) for x, _ in recent]))

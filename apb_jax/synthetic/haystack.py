@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 from apb_jax.synthetic.packaged import FILLER, NOVEL
 
 MAX_WORDS = 28
@@ -66,7 +67,7 @@ def read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
             return text
-        record = json.loads(text)
+        record = parse_json(text)
     except OSError as error:
         raise UserError(f"cannot read data file {path}: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

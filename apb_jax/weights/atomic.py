@@ -23,6 +23,28 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
     A killed run leaves only the ``.partial`` folder, which the next run empties. An error removes it at once.
     """
+    with _workplace(target) as partial:
+        yield partial
+        make_durable(partial)
+        partial.rename(target)
+        sync(target.absolute().parent)
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A path inside a folder ``<target>.partial`` whose file replaces nothing and becomes ``target`` in the end."""
+    with _workplace(target) as folder:
+        partial = folder / target.name
+        yield partial
+        make_durable(folder)
+        partial.rename(target)
+        sync(target.absolute().parent)
+        _remove(folder)
+
+
+@contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """An empty folder ``<target>.partial``, locked while the block runs and removed where it ends in an error."""
     if target.exists():
         raise UserError(f"{target} exists; choose another --out or remove it first")
     partial = target.with_name(target.name + PARTIAL)
@@ -34,12 +56,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another conversion into {target} is running") from error
+        if not _is_open(partial, handle):  # its owner finished between our opening and our locking it
+            raise UserError(f"another conversion into {target} has just finished")
         _empty(partial)
         try:
             with disk_errors(target):
                 yield partial
-                sync_tree(partial)
-                partial.rename(target)
         except BaseException:
             _remove(partial)
             raise
@@ -47,20 +69,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-@contextmanager
-def staged_file(target: Path) -> Iterator[Path]:
-    """A path ``<target>.partial`` whose file replaces nothing and becomes ``target`` when the block ends well."""
-    if target.exists():
-        raise UserError(f"{target} exists; choose another --out or remove it first")
-    partial = target.with_name(target.name + PARTIAL)
+def _is_open(path: Path, handle: int) -> bool:
+    """Whether the path still names what the handle was opened on."""
     try:
-        with disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            partial.rename(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -94,14 +108,27 @@ def require_space(target: Path, needed: int) -> None:
         )
 
 
-def sync_tree(folder: Path) -> None:
-    """Bring every file to the disk, so that a power cut after the rename loses nothing."""
+def make_durable(folder: Path) -> None:
+    """Give every file the mode that the folder was made with, and bring all to the disk, lists of files included.
+
+    Some libraries write through temporary files, which nobody but their owner may read. After a power cut a rename may
+    be there and what it renamed not, unless that was brought to the disk before.
+    """
+    mode = folder.stat().st_mode & 0o666  # as the umask left it
     for path in sorted(folder.rglob("*")):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        if path.is_file():
+            path.chmod(mode)
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of files, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(folder: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 
 FILE = "generation_config.json"
 
@@ -16,7 +16,7 @@ def read_stop_ids(folder: Path) -> tuple[int, ...]:
     if not path.exists():
         return ()
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
     given = settings.get("eos_token_id") if isinstance(settings, dict) else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 from apb_jax.model.config import ModelConfig
 from apb_jax.weights.mapping import RECOMPUTED, collect
 from apb_jax.weights.safetensors_header import TensorEntry, read_header
@@ -18,7 +18,7 @@ INDEX_FILE = "model.safetensors.index.json"
 def read_json(file: Path) -> Any:
     """The content of a JSON file; a missing or damaged one is a clear error."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist; a model folder in HF format has one") from error
     except (OSError, ValueError) as error:

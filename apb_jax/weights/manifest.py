@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 
 MANIFEST_FILE = "apb_jax_manifest.json"
 FORMAT = "apb_jax checkpoint 1"
@@ -72,7 +73,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not file.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise UserError(f"{file} is of a format that this version does not read; it reads {FORMAT!r}")
         for name in ("files", "source_files"):

@@ -6,7 +6,6 @@ Format: 8 bytes little-endian header length, a JSON object name -> {dtype, shape
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -66,7 +66,7 @@ def read_header(file: Path) -> tuple[TensorEntry, ...]:
             )
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         header.pop("__metadata__", None)
         entries = tuple(sorted((_entry(name, file, 8 + length, field) for name, field in header.items()), key=_offset))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apb_jax.errors import UserError
+from apb_jax.json_text import parse_json
 from apb_jax.weights.gguf_header import is_gguf, read_gguf_header
 from apb_jax.weights.gguf_tokenizer import gguf_tokenizer
 
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RecursionError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {folder} does not load: {line}") from error
     check_tokenizer(tokenizer, str(folder))
@@ -79,5 +79,5 @@ def _names_general_tokenizer(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
     if not config.exists() or not (folder / "tokenizer.json").exists():
         return False
-    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings = parse_json(config.read_text(encoding="utf-8"))
     return isinstance(settings, dict) and settings.get("tokenizer_class") == "PreTrainedTokenizerFast"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -73,6 +74,13 @@ class _Reader(pickle.Unpickler):
         return _Storage(dtype, member, int(elements))
 
 
+_DAMAGE = (
+    pickle.UnpicklingError, EOFError, TypeError, ValueError, IndexError, AttributeError, KeyError, RecursionError,
+    MemoryError, OverflowError,
+)  # fmt: skip
+"""What a pickle that torch did not write may raise."""
+
+
 def read_torch_bin(file: Path) -> tuple[TensorEntry, ...]:
     """The tensors of a torch state dict by name, headers only.
 
@@ -84,14 +92,16 @@ def read_torch_bin(file: Path) -> tuple[TensorEntry, ...]:
             members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if "data.pkl" not in members:
                 raise UserError(f"{file} is a zip but not torch's format (no data.pkl)")
-            order = archive.read(members["byteorder"]).strip() if "byteorder" in members else b"little"
-            content = _Reader(io.BytesIO(archive.read(members["data.pkl"]))).load()
+            order = _read(archive, members["byteorder"]).strip() if "byteorder" in members else b"little"
+            content = _unpickled(_read(archive, members["data.pkl"]))
     except zipfile.BadZipFile as error:
         raise UserError(
             f"{file} is not a torch file in zip format, or it is truncated ({error}); files written before torch 1.6 "
             "are refused: save it again with a newer torch, or as safetensors"
         ) from error
-    except (pickle.UnpicklingError, EOFError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+    except _DAMAGE as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{file} is refused: it must hold a dict of plain tensors and nothing else ({error})"
         ) from error
@@ -102,6 +112,24 @@ def read_torch_bin(file: Path) -> tuple[TensorEntry, ...]:
     ):
         raise UserError(f"{file} is refused: it must hold a dict from names to plain tensors and nothing else")
     return tuple(_entry(file, name, tensor, members) for name, tensor in content.items())
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member as it lies in the file: torch compresses none, so what is read is never larger than the file."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"its member {info.filename!r} is compressed")
+    return archive.read(info)
+
+
+def _unpickled(content: bytes) -> Any:
+    """The description in a pickle; numbers of its memo that no pickle of this length needs are refused.
+
+    The unpickler holds a table as long as the largest such number, which a few bytes could make gigabytes.
+    """
+    for opcode, number, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(number or 0) <= len(content):
+            raise pickle.UnpicklingError(f"it numbers {number} objects in {len(content)} bytes")
+    return _Reader(io.BytesIO(content)).load()
 
 
 def _entry(file: Path, name: str, tensor: _Tensor, members: dict[str, zipfile.ZipInfo]) -> TensorEntry:

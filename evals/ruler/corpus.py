@@ -1,7 +1,6 @@
 """The real texts RULER builds on: essays, SQuAD and HotpotQA, read from a folder given by the user."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from apb_jax.json_text import parse_json
 from evals.base import EvalError, require_choice
 
 # The first existing name is read.
@@ -60,7 +60,7 @@ def sha256(path: Path) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EvalError(f"{path}: not a JSON file ({error})") from error
 

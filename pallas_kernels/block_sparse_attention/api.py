@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels.block_sparse_attention import triton as triton_backend
-from pallas_kernels.block_sparse_attention.call import KeyTiles, make_call
+from pallas_kernels.block_sparse_attention.call import Blocks, KeyTiles, make_call
 from pallas_kernels.block_sparse_attention.reference import reference
 from pallas_kernels.block_sparse_attention.xla import xla
 from pallas_kernels.dispatch import Implementation, accepts_all, choose
@@ -21,8 +21,7 @@ def block_sparse_attention(
     v: jax.Array,
     tiles: KeyTiles,
     *,
-    block_q: int,
-    block_k: int,
+    blocks: Blocks,
     causal_offset: jax.Array | int = 0,
     scale: float | None = None,
     implementation: str | None = None,
@@ -36,7 +35,7 @@ def block_sparse_attention(
       q: [B, S, H, D].
       k, v: [B, T, K, D]; query head h uses KV head h // (H // K).
       tiles: windows and columns per query tile and head (see `KeyTiles`).
-      block_q, block_k: rows of a query tile, keys of a window.
+      blocks: rows of a query tile and keys of a window.
       causal_offset: int, int32 scalar or [B].
       scale: of the scores; default 1/sqrt(D).
       implementation: None for the automatic choice, or a name, which never falls back.
@@ -47,5 +46,5 @@ def block_sparse_attention(
     Raises:
       KernelInputError, Unsupported, ExceptionGroup: as `flash_attention`.
     """
-    call = make_call(q, k, v, tiles, block_q, block_k, causal_offset, scale)
+    call = make_call(q, k, v, tiles, blocks, causal_offset, scale)
     return choose("block_sparse_attention", IMPLEMENTATIONS, implementation, call).run(call)

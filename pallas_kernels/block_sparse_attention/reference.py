@@ -16,12 +16,12 @@ def visible_keys(call: BlockSparseCall) -> jax.Array:
         return jnp.arange(entries.shape[-1], dtype=jnp.int32) < counts[..., None]
 
     starts = call.tiles.starts[..., None]
-    windows = (starts <= key) & (key < starts + call.block_k)
+    windows = (starts <= key) & (key < starts + call.blocks.k)
     seen = (windows & used(call.tiles.starts, call.tiles.counts)[..., None]).any(axis=-2)
     if call.tiles.columns is not None:
         lines = call.tiles.columns[..., None] == key
         seen |= (lines & used(call.tiles.columns, call.tiles.column_counts)[..., None]).any(axis=-2)
-    per_row = jnp.repeat(seen, call.block_q, axis=2)[:, :, :rows]
+    per_row = jnp.repeat(seen, call.blocks.q, axis=2)[:, :, :rows]
     causal = key <= jnp.arange(rows, dtype=jnp.int32)[:, None] + call.causal_offset[:, None, None]
     return per_row & causal[:, None]
 

@@ -21,18 +21,18 @@ def refuse(call: BlockSparseCall, device: Device) -> str | None:
         return f"takes bfloat16 and float16, q has {call.q.dtype}"
     if (dim := call.q.shape[-1]) not in (16, 32, 64, 128):
         return f"takes head dimension 16, 32, 64 or 128, q has {dim}"
-    if call.block_q not in (16, 32, 64, 128) or call.block_k not in (16, 32, 64, 128):
-        return f"takes tiles of 16, 32, 64 or 128 rows and keys, not {call.block_q} and {call.block_k}"
+    if call.blocks.q not in (16, 32, 64, 128) or call.blocks.k not in (16, 32, 64, 128):
+        return f"takes tiles of 16, 32, 64 or 128 rows and keys, not {call.blocks.q} and {call.blocks.k}"
     return None
 
 
 def entire_windows(call: BlockSparseCall) -> jax.Array:
     """int32 [B, H, n_q]: how many windows, from the first on, lie inside the cache and before every row of the tile."""
     starts, counts = call.tiles.starts, call.tiles.counts
-    first_row = jnp.arange(counts.shape[2], dtype=jnp.int32) * call.block_q
+    first_row = jnp.arange(counts.shape[2], dtype=jnp.int32) * call.blocks.q
     stop = jnp.minimum(first_row + call.causal_offset[:, None] + 1, call.k.shape[1])[:, None, :, None]
     number = jnp.arange(starts.shape[-1], dtype=jnp.int32)
-    other = (starts < 0) | (starts + call.block_k > stop) | (number >= counts[..., None])
+    other = (starts < 0) | (starts + call.blocks.k > stop) | (number >= counts[..., None])
     return jnp.min(jnp.where(other, number, starts.shape[-1]), axis=-1, initial=starts.shape[-1])
 
 
@@ -50,7 +50,7 @@ def triton(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:
         kernel=block_sparse_rows,
         blocks=(tiles.counts.shape[2], heads),
         outputs=((call.q.shape[1:], call.q.dtype), ((heads, rows), jnp.float32)),
-        num_warps=8 if call.block_q * dim > 64 * 128 else 4,
+        num_warps=8 if call.blocks.q * dim > 64 * 128 else 4,
         num_stages=2,
         constants={
             "ROWS": rows,
@@ -58,9 +58,9 @@ def triton(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:
             "HEADS": heads,
             "KV_HEADS": call.k.shape[2],
             "DIM": dim,
-            "BLOCK_Q": call.block_q,
-            "BLOCK_K": call.block_k,
-            "STEP_KEYS": min(STEP_KEYS, call.block_k),
+            "BLOCK_Q": call.blocks.q,
+            "BLOCK_K": call.blocks.k,
+            "STEP_KEYS": min(STEP_KEYS, call.blocks.k),
             "COLUMN_STEP": STEP_KEYS,
             "WINDOWS": windows,
             "COLUMNS": most,

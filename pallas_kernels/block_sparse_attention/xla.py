@@ -5,6 +5,7 @@ Work follows the windows that exist; memory is linear in length. A step gathers 
 """
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +46,28 @@ def _windows(array, head, first, size):
     return found.reshape(first.shape[0], -1, array.shape[2])
 
 
-def _attend(q, row, head, tiles, k, v, keys, block_k, scale, axes):
-    """q [P, rows, D] whose rows see keys up to ``row`` [P, rows] of slice ``head`` [P] of k and v [BK, T, D].
+@dataclass(frozen=True)
+class Flat:
+    """k and v [BK, T, D] of all sequences and KV heads; ``keys`` of T exist."""
 
-    ``tiles``: (starts [P, R], counts [P], columns [P, C] or None, column counts [P] or None); ``keys`` of T exist.
+    k: jax.Array
+    v: jax.Array
+    keys: int
+
+
+def _attend(q, row, head, tiles, source, block_k, scale):
+    """q [P, rows, D] whose rows see keys up to ``row`` [P, rows] of slice ``head`` [P] of ``source``.
+
+    ``tiles``: (starts [P, R], counts [P], columns [P, C] or None, column counts [P] or None).
     """
+    k, v, keys = source.k, source.v, source.keys
     starts, counts, columns, column_counts = tiles
     per_step = max(1, STEP_KEYS // block_k)
     shape = q.shape[:2]
     begin = (
         jnp.zeros(q.shape, jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
     )  # fmt: skip
-    carry = vary_over(axes, begin)
+    carry = vary_over(varying_axes(q), begin)
 
     def take(table, first, width):
         """Entries first..first + width - 1 of every row of ``table``; past its end the last one again."""
@@ -94,7 +105,7 @@ def xla(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:
     """out [B, S, H, D] in q's dtype and lse_nat float32 [B, H, S]."""
     batch, rows, heads, dim = call.q.shape
     keys, kv_heads = call.k.shape[1:3]
-    block_q, block_k, tiles = call.block_q, call.block_k, call.tiles
+    block_q, block_k, tiles = call.blocks.q, call.blocks.k, call.tiles
     count = -(-rows // block_q)
     together = min(TILES_CPU if jax.default_backend() == "cpu" else TILES, count)
     axes = varying_axes(call.q)
@@ -104,10 +115,11 @@ def xla(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:
         padded = jnp.pad(array, ((0, 0), (0, room - array.shape[1]), (0, 0), (0, 0)))
         return jnp.swapaxes(padded, 1, 2).reshape(-1, room, dim)
 
-    k, v = (flat(array, max(keys, block_k)) for array in (call.k, call.v))
+    room = max(keys, block_k)
+    source = Flat(flat(call.k, room), flat(call.v, room), keys)
     q = flat(call.q, count * block_q).reshape(batch * heads, count, block_q, dim)
     row = jnp.arange(count * block_q, dtype=jnp.int32).reshape(count, block_q)
-    attend = functools.partial(_attend, k=k, v=v, keys=keys, block_k=block_k, scale=call.scale, axes=axes)
+    attend = functools.partial(_attend, source=source, block_k=block_k, scale=call.scale)
 
     def one(place):
         """A group of neighbouring tiles of one head."""

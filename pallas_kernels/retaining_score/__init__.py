@@ -1,6 +1,6 @@
 """Retaining-head scores of tokens."""
 
 from pallas_kernels.retaining_score.api import IMPLEMENTATIONS, retaining_score
-from pallas_kernels.retaining_score.call import pool_and_mask
+from pallas_kernels.retaining_score.call import RowLimits, pool_and_mask
 
-__all__ = ["IMPLEMENTATIONS", "pool_and_mask", "retaining_score"]
+__all__ = ["IMPLEMENTATIONS", "RowLimits", "pool_and_mask", "retaining_score"]

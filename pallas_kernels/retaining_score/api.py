@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels.dispatch import Implementation, accepts_all, choose
-from pallas_kernels.retaining_score.call import make_call
+from pallas_kernels.retaining_score.call import RowLimits, make_call
 from pallas_kernels.retaining_score.reference import reference
 from pallas_kernels.retaining_score.xla import xla
 
@@ -18,9 +18,7 @@ def retaining_score(
     w1: jax.Array | None,
     w2: jax.Array,
     *,
-    dead_rows: jax.Array | int,
-    masked_rows: jax.Array | int,
-    valid_rows: jax.Array | int,
+    limits: RowLimits,
     pool: int = 5,
     hidden: jax.Array | None = None,
     implementation: str | None = None,
@@ -31,9 +29,7 @@ def retaining_score(
       x: [B, S, W], the pre-RoPE concat(Q, K, V); None in the folded form.
       w1: [W, F]; None in the folded form.
       w2: [F, K].
-      dead_rows, masked_rows, valid_rows: each an int, an int32 scalar or [B]. Rows before ``dead_rows`` and
-        from ``valid_rows`` on do not exist: they never enter the pooling and score -inf. Existing rows
-        before ``masked_rows`` take part in the pooling and then score finfo(float32).min.
+      limits: which rows exist and which may not be chosen (see `RowLimits`).
       pool: odd width of the max-pooling over rows, stride 1.
       hidden: [B, S, F], the folded form: ``x @ w1`` already computed as further columns of the QKV product.
       implementation: None for the automatic choice, or a name, which never falls back.
@@ -44,5 +40,5 @@ def retaining_score(
     Raises:
       KernelInputError, Unsupported, ExceptionGroup: as `flash_attention`.
     """
-    call = make_call(x, w1, w2, hidden, dead_rows, masked_rows, valid_rows, pool)
+    call = make_call(x, w1, w2, hidden, limits, pool)
     return choose("retaining_score", IMPLEMENTATIONS, implementation, call).run(call)

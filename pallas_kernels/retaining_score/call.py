@@ -1,7 +1,6 @@
 """One validated call of retaining_score, and what every implementation does after the two products."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +12,42 @@ from pallas_kernels.errors import KernelInputError
 MASKED = float(jnp.finfo(jnp.float32).min)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowLimits:
+    """Rows of the scores, each an int, an int32 scalar or int32 [B].
+
+    Rows before ``dead`` and from ``valid`` on do not exist: they never enter the pooling and score -inf. Existing rows
+    before ``masked`` take part in the pooling and then score finfo(float32).min.
+    """
+
+    dead: jax.Array | int
+    masked: jax.Array | int
+    valid: jax.Array | int
+
+    def per_request(self, batch: int) -> "RowLimits":
+        """The same limits as int32 [B]."""
+
+        def spread(name: str) -> jax.Array:
+            limit = jnp.asarray(getattr(self, name), jnp.int32)
+            if limit.shape not in ((), (batch,)):
+                raise KernelInputError(f"limit {name!r} has shape {limit.shape}; it must be () or ({batch},)")
+            return jnp.broadcast_to(limit, (batch,))
+
+        return RowLimits(*map(spread, ("dead", "masked", "valid")))
+
+
 @dataclass(frozen=True)
 class ScoreCall:
     """``data``: x [B, S, W] with w1 [W, F], or hidden [B, S, F] without w1 (the folded form).
 
-    w2 [F, K]; the row marks are int32 [B].
+    w2 [F, K]; the row limits are int32 [B].
     """
 
     data: jax.Array
     w1: jax.Array | None
     w2: jax.Array
-    dead_rows: jax.Array
-    masked_rows: jax.Array
-    valid_rows: jax.Array
+    limits: RowLimits
     pool: int
 
     def __post_init__(self) -> None:
@@ -45,50 +67,27 @@ class ScoreCall:
             raise KernelInputError(f"x, w1, w2 have dtypes {sorted(dtypes)}; they must agree")
 
     @property
-    def marks(self) -> dict[str, Any]:
-        """What `pool_and_mask` needs to know."""
-        return {
-            "dead_rows": self.dead_rows,
-            "masked_rows": self.masked_rows,
-            "valid_rows": self.valid_rows,
-            "pool": self.pool,
-        }
-
-    @property
     def shape(self) -> tuple[int, int, int]:
         """Of the scores: (B, S, K)."""
         return self.data.shape[0], self.data.shape[1], self.w2.shape[1]
 
 
-def make_call(x, w1, w2, hidden, dead_rows, masked_rows, valid_rows, pool) -> ScoreCall:
-    """Validate, bring the row marks to int32 [B], and let all arrays vary over the same mesh axes."""
+def make_call(x, w1, w2, hidden, limits, pool) -> ScoreCall:
+    """Validate, bring the row limits to int32 [B], and let all arrays vary over the same mesh axes."""
     if (x is None) == (hidden is None):
         raise KernelInputError("give either x with w1, or hidden; not both and not neither")
     if (x is None) != (w1 is None):
         raise KernelInputError("w1 goes with x; the folded form (hidden) has no w1")
     data = hidden if x is None else x
-    marks = []
-    for name, mark in (("dead_rows", dead_rows), ("masked_rows", masked_rows), ("valid_rows", valid_rows)):
-        mark = jnp.asarray(mark, jnp.int32)
-        if mark.shape not in ((), data.shape[:1]):
-            raise KernelInputError(f"{name} has shape {mark.shape}; it must be () or ({data.shape[0]},)")
-        marks.append(jnp.broadcast_to(mark, data.shape[:1]))
-    data, w1, w2, (dead, masked, valid) = vary_together((data, w1, w2, marks))
-    return ScoreCall(data, w1, w2, dead_rows=dead, masked_rows=masked, valid_rows=valid, pool=pool)
+    data, w1, w2, limits = vary_together((data, w1, w2, limits.per_request(data.shape[0])))
+    return ScoreCall(data, w1, w2, limits, pool)
 
 
-def pool_and_mask(
-    raw: jax.Array, *, dead_rows: jax.Array | int, masked_rows: jax.Array | int, valid_rows: jax.Array | int, pool: int
-) -> jax.Array:
-    """raw float32 [B, S, K] -> scores: existing rows pooled by maximum, then the masked rows put last.
-
-    The row marks are ints, int32 scalars or int32 [B], with the meaning they have in `retaining_score`.
-    """
+def pool_and_mask(raw: jax.Array, limits: RowLimits, pool: int) -> jax.Array:
+    """raw float32 [B, S, K] -> scores: existing rows pooled by maximum over ``pool`` of them, masked ones last."""
     row = jnp.arange(raw.shape[1], dtype=jnp.int32)
-    marks = (
-        jnp.broadcast_to(jnp.asarray(mark, jnp.int32), raw.shape[:1]) for mark in (dead_rows, masked_rows, valid_rows)
-    )
-    dead, masked, valid = (mark[:, None] for mark in marks)
+    limits = limits.per_request(raw.shape[0])
+    dead, masked, valid = (jnp.asarray(limit)[:, None] for limit in (limits.dead, limits.masked, limits.valid))
     exists = ((row >= dead) & (row < valid))[..., None]
     raw = jnp.where(exists, raw, -jnp.inf)
     half = pool // 2

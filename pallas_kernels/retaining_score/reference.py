@@ -12,4 +12,5 @@ def reference(call: ScoreCall) -> jax.Array:
     if call.w1 is not None:
         hidden = jnp.matmul(call.data.astype(jnp.float32), call.w1.astype(jnp.float32), precision="highest")
     activated = jax.nn.silu(hidden.astype(jnp.float32))
-    return pool_and_mask(jnp.matmul(activated, call.w2.astype(jnp.float32), precision="highest"), **call.marks)
+    raw = jnp.matmul(activated, call.w2.astype(jnp.float32), precision="highest")
+    return pool_and_mask(raw, call.limits, call.pool)

@@ -15,4 +15,4 @@ def xla(call: ScoreCall) -> jax.Array:
         hidden = jnp.matmul(call.data, call.w1, precision=precision)
     activated = jax.nn.silu(hidden.astype(jnp.float32)).astype(call.w2.dtype)
     raw = jnp.matmul(activated, call.w2, precision=precision, preferred_element_type=jnp.float32)
-    return pool_and_mask(raw, **call.marks)
+    return pool_and_mask(raw, call.limits, call.pool)

@@ -9,7 +9,7 @@ import pytest
 from attention_cases import CASES, LONG_CASES, Case, apb_case, check, error, exact, make_inputs, plain, random_tiles
 
 from pallas_kernels import Unsupported
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import Blocks, block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.select import select_topk
@@ -190,7 +190,7 @@ def test_block_sparse_attention(rows, keys, block, dim, aligned, columns, dtype,
     rng = np.random.default_rng(0)
     tiles = random_tiles(rng, 8, rows, keys, block, block, aligned, columns)
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, h, dim)), dtype) for n, h in ((rows, 8), (keys, 2), (keys, 2)))
-    shape = {"block_q": block, "block_k": block, "causal_offset": keys - rows}
+    shape = {"blocks": Blocks(block, block), "causal_offset": keys - rows}
     run = jax.jit(functools.partial(block_sparse_attention, **shape, implementation=implementation))
     out, lse = run(q, k, v, tiles)
     want = block_sparse_attention(

@@ -9,10 +9,10 @@ import pytest
 from attention_cases import Case, error, exact, plain, random_tiles
 
 from pallas_kernels import KernelInputError, Unsupported
-from pallas_kernels.block_sparse_attention import KeyTiles, block_sparse_attention
+from pallas_kernels.block_sparse_attention import Blocks, KeyTiles, block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.call import make_call as decode_call
-from pallas_kernels.retaining_score import retaining_score
+from pallas_kernels.retaining_score import RowLimits, retaining_score
 from pallas_kernels.select import select_topk
 from pallas_kernels.skinny_matmul import skinny_matmul
 
@@ -75,7 +75,7 @@ def test_block_sparse_at_the_edge_of_32_bits(implementation):
     q, k, v = (jnp.ones((1, n, 1, 16)) for n in (8, 24, 24))
     starts = jnp.asarray([2**31 - 1, 2**31 - 8, -(2**31), 8], jnp.int32).reshape(1, 1, 1, 4)
     tiles = KeyTiles(starts, jnp.full((1, 1, 1), 4, jnp.int32))
-    shape = {"block_q": 8, "block_k": 8, "implementation": implementation}
+    shape = {"blocks": Blocks(8, 8), "implementation": implementation}
     for offset, keys in ((2**31 - 1, 8), (-(2**31), 0)):
         _, lse = block_sparse_attention(q, k, v, tiles, causal_offset=offset, **shape)
         np.testing.assert_allclose(lse, 4 + np.log(8) if keys else -np.inf, rtol=1e-6)
@@ -175,11 +175,10 @@ def test_retaining_score(implementation, folded):
     want = np.stack([naive_scores(x[b], w1, w2, dead[b], masked[b], valid[b]) for b in range(3)])
     for b in range(3):
         x[b, : dead[b]], x[b, valid[b] :] = np.nan, np.nan
-    marks = {"dead_rows": dead, "masked_rows": masked, "valid_rows": valid, "implementation": implementation}
-    marks = {n: jnp.asarray(m, jnp.int32) if isinstance(m, np.ndarray) else m for n, m in marks.items()}
+    limits = RowLimits(*(jnp.asarray(limit, jnp.int32) for limit in (dead, masked, valid)))
     x, w1, w2 = map(jnp.asarray, (x, w1, w2))
     data = (None, None, w2) if folded else (x, w1, w2)
-    got = retaining_score(*data, hidden=x @ w1 if folded else None, **marks)
+    got = retaining_score(*data, limits=limits, hidden=x @ w1 if folded else None, implementation=implementation)
     assert got.dtype == jnp.float32
     assert error(got, want) < 1e-6
 
@@ -188,7 +187,7 @@ def test_retaining_score(implementation, folded):
 def test_retaining_score_of_bfloat16_is_near_float32():
     rng = np.random.default_rng(0)
     x, w1, w2 = (jnp.asarray(rng.standard_normal(s) / 8, jnp.bfloat16) for s in ((1, 64, 96), (96, 128), (128, 4)))
-    marks = {"dead_rows": 0, "masked_rows": 0, "valid_rows": 64}
+    marks = {"limits": RowLimits(0, 0, 64)}
     exact_scores = retaining_score(x, w1, w2, **marks, implementation="reference")
     hidden = x @ w1
     plain_scores = retaining_score(None, None, w2.astype(jnp.float32), hidden=hidden.astype(jnp.float32), **marks)
@@ -223,7 +222,7 @@ def test_scores_and_selection_in_shard_map(check_vma):
     k = jnp.asarray(rng.standard_normal((1, 16, 2, 4)), jnp.float32)
 
     def run(x, w1, w2, k):
-        scores = retaining_score(x, w1, w2, dead_rows=2, masked_rows=5, valid_rows=16)
+        scores = retaining_score(x, w1, w2, limits=RowLimits(2, 5, 16))
         return select_topk(scores, k, k, 3)
 
     for got, want in zip(in_shard_map(run, check_vma)(x, w1, w2, k), run(x, w1, w2, k), strict=True):
@@ -254,7 +253,7 @@ def test_block_sparse(implementation, aligned, columns):
     with np.errstate(divide="ignore"):
         want_lse = np.log(total)
     run = jax.jit(
-        functools.partial(block_sparse_attention, block_q=block_q, block_k=block_k, implementation=implementation)
+        functools.partial(block_sparse_attention, blocks=Blocks(block_q, block_k), implementation=implementation)
     )
     out, lse = run(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), tiles, causal_offset=jnp.int32(18))
     assert error(out[0], want) < 1e-5
@@ -288,7 +287,7 @@ def test_block_sparse_windows_that_stick_out(implementation, keys, monkeypatch):
     want = np.einsum("bhst,btd->bshd", weights / np.where(total, total, 1)[..., None], v[:, :, 0])
     unread = ~granted.any(axis=(1, 2))
     k[unread], v[unread] = np.nan, np.nan
-    run = functools.partial(block_sparse_attention, block_q=block_q, block_k=block_k, implementation=implementation)
+    run = functools.partial(block_sparse_attention, blocks=Blocks(block_q, block_k), implementation=implementation)
     out, lse = jax.jit(run)(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), tiles, causal_offset=jnp.asarray(offset))
     assert error(out, want) < 1e-5
     np.testing.assert_array_equal(np.isneginf(lse), total == 0)
@@ -298,7 +297,7 @@ def test_block_sparse_in_shard_map():
     rng = np.random.default_rng(0)
     tiles = random_tiles(rng, 2, 16, 24, 8, 6, True, True)
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 8)), jnp.float32) for n in (16, 24, 24))
-    run = functools.partial(block_sparse_attention, block_q=8, block_k=6)
+    run = functools.partial(block_sparse_attention, blocks=Blocks(8, 6))
     for check_vma in (False, True):
         got = in_shard_map(run, check_vma)(q, k, v, tiles)
         assert error(got[0], run(q, k, v, tiles)[0]) < 1e-6
@@ -319,13 +318,11 @@ def test_block_sparse_in_shard_map():
         (lambda z: skinny_matmul(z((1, 8)), [z((2, 8, 6))], z((2,))), "it must be a scalar"),
         (lambda z: select_topk(z((1, 4, 2)), z((1, 4, 2, 8)), z((1, 4, 2, 8)), 5), "count is 5"),
         (
-            lambda z: retaining_score(z((1, 4, 6)), z((5, 3)), z((3, 2)), dead_rows=0, masked_rows=0, valid_rows=4),
+            lambda z: retaining_score(z((1, 4, 6)), z((5, 3)), z((3, 2)), limits=RowLimits(0, 0, 4)),
             r"w1 has shape \(5, 3\); it must be \[6, F\]",
         ),
         (
-            lambda z: retaining_score(
-                z((1, 4, 6)), z((6, 3)), z((3, 2)), dead_rows=0, masked_rows=0, valid_rows=4, pool=4
-            ),
+            lambda z: retaining_score(z((1, 4, 6)), z((6, 3)), z((3, 2)), limits=RowLimits(0, 0, 4), pool=4),
             "pool is 4; it must be odd",
         ),
     ],

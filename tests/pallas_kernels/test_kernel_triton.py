@@ -10,7 +10,7 @@ import triton_interpreter
 from attention_cases import Case, apb_case, check, error, exact, make_inputs, random_tiles
 
 from pallas_kernels import triton_launch
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import Blocks, block_sparse_attention
 from pallas_kernels.block_sparse_attention import triton as block_sparse_triton
 from pallas_kernels.block_sparse_attention.call import make_call as block_sparse_call
 from pallas_kernels.flash_attention import RowSegment
@@ -77,8 +77,9 @@ def test_block_sparse(rows, keys, block_q, block_k, aligned, columns):
     tiles = random_tiles(rng, 4, rows, keys, block_q, block_k, aligned, columns)
     q = jnp.asarray(rng.standard_normal((1, rows, 4, 16)), jnp.float16)
     k, v = (jnp.asarray(rng.standard_normal((1, keys, 2, 16)), jnp.float16) for _ in range(2))
-    out, lse = block_sparse_triton.triton(block_sparse_call(q, k, v, tiles, block_q, block_k, keys - rows, None))
-    shape = {"block_q": block_q, "block_k": block_k, "causal_offset": keys - rows}
+    blocks = Blocks(block_q, block_k)
+    out, lse = block_sparse_triton.triton(block_sparse_call(q, k, v, tiles, blocks, keys - rows, None))
+    shape = {"blocks": blocks, "causal_offset": keys - rows}
     want, plain = (
         block_sparse_attention(*(a.astype(dtype) for a in (q, k, v)), tiles, **shape, implementation=name)
         for dtype, name in ((jnp.float32, "reference"), (jnp.float16, "xla"))

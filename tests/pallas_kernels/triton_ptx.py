@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels import triton_launch
-from pallas_kernels.block_sparse_attention import KeyTiles
+from pallas_kernels.block_sparse_attention import Blocks, KeyTiles
 from pallas_kernels.block_sparse_attention import triton as block_sparse_triton
 from pallas_kernels.block_sparse_attention.call import make_call as block_sparse_call
 from pallas_kernels.flash_attention import RowSegment
@@ -77,7 +77,7 @@ def cases():
         entries, counts = array(*lead, 9, dtype=jnp.int32), array(*lead, dtype=jnp.int32)
 
         def run(q, k, v, *tiles, block=block):
-            call = block_sparse_call(q, k, v, KeyTiles(*tiles), block, block, 0, None)
+            call = block_sparse_call(q, k, v, KeyTiles(*tiles), Blocks(block, block), 0, None)
             return block_sparse_triton.triton(call)
 
         yield run, q, kv, kv, *((entries, counts) * (1 + columns))

@@ -9,7 +9,7 @@ import pytest
 from helpers import ids, random_model
 
 from apb_jax.attention.inputs import LayerInputs
-from apb_jax.retaining.labels import attention_labels, causal_attention, trace
+from apb_jax.retaining.labels import Sample, attention_labels, causal_attention, trace
 from apb_jax.retaining.objective import layer_scores, retaining_loss, top_overlap
 from apb_jax.retaining.train import initial_heads
 
@@ -73,11 +73,8 @@ def test_trace_reads_the_frozen_model_and_padding_changes_nothing() -> None:
     def run(prompt_rows: int, answer_rows: int, filler: int) -> tuple[np.ndarray, np.ndarray]:
         padded = np.full((1, prompt_rows + answer_rows), filler, np.int32)
         padded[:, : prompt + answer] = tokens
-        out = trace(
-            graph, weights, jnp.asarray(padded), prompt_tokens=jnp.int32(prompt),
-            total_tokens=jnp.int32(prompt + answer),
-            prompt_rows=prompt_rows, answer_rows=answer_rows,
-        )  # fmt: skip
+        counts = jnp.int32(prompt), jnp.int32(prompt + answer)
+        out = trace(graph, weights, Sample(jnp.asarray(padded), *counts, prompt_rows, answer_rows))
         heads = initial_heads(loaded.config, 8, 0)
         scores = layer_scores(heads, out.q, out.k, out.v)
         return np.asarray(out.labels)[..., :prompt], np.asarray(scores)[..., :prompt]
