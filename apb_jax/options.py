@@ -45,6 +45,17 @@ def _number(kind: type, name: str, low: float, high: float | None = None) -> Any
     return parse
 
 
+def parse_rope(text: str) -> str:
+    """An argparse type: "string", or "yarn:FACTOR"."""
+    name, _, factor = text.partition(":")
+    if text == "string":
+        return text
+    if name != "yarn":
+        raise UserError(f"--rope is {text!r}; it must be string, or yarn:FACTOR such as yarn:4")
+    _number(float, "the factor of --rope yarn", 1, 1024)(factor)
+    return text
+
+
 def _setting(text: str) -> tuple[str, Any]:
     """An argparse type: FIELD=VALUE with a Python literal or a word as value."""
     name, equals, value = text.partition("=")
@@ -136,6 +147,11 @@ class RunConfig:
     def prompt_style(self) -> PromptStyle:
         """How text becomes a prompt."""
         return PromptStyle(self.template, self.system, self.separator, dict(self.template_args))
+
+    @property
+    def yarn_factor(self) -> float | None:
+        """What ``--rope yarn:FACTOR`` stretches positions by."""
+        return float(self.rope.partition(":")[2]) if self.rope and self.rope.startswith("yarn:") else None
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -306,7 +322,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="a hyper-parameter of the method, such as --method ring --set order=plain; may be repeated",
     )
-    group.add_argument("--rope", choices=("string",), help="remapped positions (STRING) under the method")
+    group.add_argument(
+        "--rope",
+        type=parse_rope,
+        metavar="string|yarn:FACTOR",
+        help="remapped positions (STRING) under the method, or positions stretched by FACTOR (YaRN)",
+    )
     group.add_argument(
         "--string-offset", type=float, default=0.33, metavar="SHARE|TOKENS", help="distance from which keys are shifted"
     )

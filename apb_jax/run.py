@@ -50,12 +50,14 @@ def sequence_devices(config: RunConfig, default: int) -> int:
 
 
 def load_model(config: RunConfig) -> LoadedModel:
-    """The model of the command line, under STRING where asked for; no weights are read yet."""
-    from apb_jax.model.config import with_string
+    """The model of the command line, under YaRN or STRING where asked for; no weights are read yet."""
+    from apb_jax.model.config import with_string, with_yarn
     from apb_jax.weights.checkpoint import load
 
     fold = True if config.fold_heads else None  # None: as the folder has them
     model = load(config.model, weights=config.weights, heads=config.heads, dtype=config.dtype, fold_heads=fold)
+    if config.yarn_factor is not None:
+        return dataclasses.replace(model, config=with_yarn(model.config, config.yarn_factor))
     if config.rope != "string":
         return model
     length = config.seq or model.config.max_positions
