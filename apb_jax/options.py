@@ -100,6 +100,7 @@ class RunConfig:
     top_p: float = 1.0
     dtype: str | None = None
     compare: tuple[str, ...] = ()
+    mass: bool = True
     repeat: int | None = None
     rope: str | None = None
     string_offset: float = 0.33
@@ -140,6 +141,8 @@ class RunConfig:
             raise UserError(f"--profile {self.profile} is a file; give a folder for the trace")
         if self.method in self.compare:
             raise UserError(f"--compare {self.method} is the method itself; compare with another one, such as full")
+        if not self.mass and not self.compare:
+            raise UserError("--no-mass leaves a measurement of --compare out; add --compare METHOD, or drop it")
         if self.method == "auto" and self.method_options:
             raise UserError(f"--method auto decides itself; drop {sorted(self.method_options)} or name a method")
 
@@ -279,7 +282,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--sp",
         type=_number(int, "--sp", 1, 1024),
         metavar="N",
-        help="devices on the sequence axis (default: all GPUs; without a GPU 8 simulated devices)",
+        help="devices on the sequence axis (default: all GPUs; without a GPU one device, for tiny 8 simulated ones)",
     )
     group.add_argument(
         "--tp", type=_number(int, "--tp", 1, 64), default=1, metavar="M", help="devices on the tensor axis"
@@ -354,6 +357,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="run these on the same input too and print what the method changed against each (the receipt)",
     )
 
+    group.add_argument(
+        "--no-mass",
+        action="store_false",
+        dest="mass",
+        help="with --compare: leave out the recovered attention mass, which costs a prefill with twice the attention",
+    )
     group.add_argument(
         "--repeat",
         type=_number(int, "--repeat", 0, 1000),

