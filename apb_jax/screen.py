@@ -48,13 +48,21 @@ class StageBar:
         )
         self.tasks: dict[str, TaskID] = {}
         self.totals: dict[str, int] = {}
+        self.running = False
 
     def __enter__(self) -> StageBar:
         self.progress.start()
+        self.running = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """The bar goes; a second time nothing happens (rich would print another line where there is no terminal)."""
+        if self.running:
+            self.running = False
+            self.progress.stop()
 
     def restart(self, name: str) -> None:
         """Another method starts: its stages begin anew."""
@@ -137,7 +145,7 @@ class AnswerStream:
         """The bar goes, the answer comes."""
         if not self.begun:
             self.begun = True
-            self.bar.progress.stop()
+            self.bar.stop()
             self.engine.listen(None)
             self.console.print("[bold green]answer[/] ", end="")
 

@@ -36,14 +36,22 @@ class Fact(NamedTuple):
     answer: str
 
 
-FACTS = (
-    Fact("The lighthouse on Gull Point is kept by Mary Quill.", 0.5, "Who keeps the lighthouse?", "Mary Quill"),
-    Fact("The secret code of the harbour vault is 4912.", 0.2, "What is the secret code of the harbour vault?", "4912"),
-    Fact("The name of the captain's dog is Biscuit.", 0.8, "What is the name of the captain's dog?", "Biscuit"),
-    Fact("The ferry to Norsund leaves at noon from pier seven.", 0.95, "From which pier does the ferry leave?", "seven"),
-    Fact("The best thing to do in Velmora is to visit the glass museum.", 0.05, "What is the best thing to do in "
-         "Velmora?", "glass museum"),
-)  # fmt: skip
+FACTS = tuple(
+    Fact(
+        f"One of the special magic numbers for {key} is: {number}.",
+        depth,
+        f"What is the special magic number for {key} mentioned in the provided text?",
+        number,
+    )
+    for key, number, depth in (
+        ("gull-point", "4912087", 0.5),
+        ("quiet-harbor", "4815162", 0.2),
+        ("amber-lantern", "8675309", 0.8),
+        ("north-ferry", "7203355", 0.95),
+        ("glass-museum", "1958264", 0.05),
+    )
+)
+"""In words that a model of 135M parameters understands: it answers freer questions about a page at most."""
 
 
 def stretch(tokenizer: Any, number: int, tokens: int, fact: Fact) -> str:
@@ -61,14 +69,16 @@ def stretch(tokenizer: Any, number: int, tokens: int, fact: Fact) -> str:
 
 
 def right(text: str, fact: Fact) -> bool:
-    """Whether an answer holds the fact; a number may be written as a word."""
-    return fact.answer.lower() in text.lower() or (fact.answer == "seven" and "7" in text)
+    """Whether an answer holds the fact."""
+    return fact.answer in text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="full,apb")
     parser.add_argument("--tokens", type=int, default=6000)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS_ABOUT_TEXT)
+    parser.add_argument("--texts", type=int, default=len(FACTS), help="only the first ones")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model = apb_jax.load(MODEL, dtype="float32")
@@ -79,7 +89,7 @@ def main() -> None:
         engines[name] = apb_jax.Engine(model, name, apb_jax.make_mesh(sp=1), shards=method.shards_alone)
     peer = Peer(model.folder)
     totals = dict.fromkeys([*engines, "transformers"], 0)
-    for number, fact in enumerate(FACTS):
+    for number, fact in enumerate(FACTS[: args.texts]):
         text = stretch(model.tokenizer, number, args.tokens, fact)
         engine = next(iter(engines.values()))
         config = parse(["--model", MODEL, "--document", "-", "--query", fact.question])
@@ -87,12 +97,12 @@ def main() -> None:
         row: dict[str, Any] = {"question": fact.question, "tokens": len(prompt.document) + len(prompt.query)}
         for name, engine in engines.items():
             started = time.perf_counter()
-            (answer,) = engine.prefill([prompt]).generate(NEW_TOKENS_ABOUT_TEXT)
+            (answer,) = engine.prefill([prompt]).generate(args.new_tokens)
             row[name] = {
                 "right": right(answer.text, fact), "answer": answer.text.strip(), "finish": answer.finish_reason,
                 "tokens": answer.tokens, "seconds": round(time.perf_counter() - started, 1),
             }  # fmt: skip
-        ids = peer.greedy([*prompt.document.tolist(), *prompt.query.tolist()], NEW_TOKENS_ABOUT_TEXT, engine.stop_ids)
+        ids = peer.greedy([*prompt.document.tolist(), *prompt.query.tolist()], args.new_tokens, engine.stop_ids)
         theirs = engine.codec.decode(ids) if engine.codec else ""
         row["transformers"] = {"right": right(theirs, fact), "answer": theirs.strip(), "tokens": ids}
         for name in totals:
@@ -104,7 +114,7 @@ def main() -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             with (args.out / "real_questions.jsonl").open("a") as file:
                 file.write(json.dumps(row | {"model": MODEL, "dtype": "float32", "versions": versions()}) + "\n")
-    print(", ".join(f"{name} {count} of {len(FACTS)}" for name, count in totals.items()))
+    print(", ".join(f"{name} {count} of {args.texts}" for name, count in totals.items()))
 
 
 if __name__ == "__main__":
