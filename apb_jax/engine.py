@@ -255,7 +255,8 @@ class Engine:
                 raise UserError(
                     f"document and query have {total} tokens"
                     + (f", with {new_tokens} new ones {total + new_tokens}" if new_tokens else "")
-                    + f"; {self.model.name} has {positions} positions; "
+                    + f"; {self.model.name} has {positions} positions"
+                    + (f" ({self.model.config.window_note}); " if self.model.config.window_note else "; ")
                     + (" or ".join(filter(None, (shorten, ask))) or f"the query alone has {len(query)}: shorten it")
                 )
             for name, ids in (("document", prompt.document), ("query", query)):

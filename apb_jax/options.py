@@ -45,6 +45,17 @@ def _number(kind: type, name: str, low: float, high: float | None = None) -> Any
     return parse
 
 
+def parse_rope(text: str) -> str:
+    """An argparse type: "string", or "yarn:FACTOR"."""
+    name, _, factor = text.partition(":")
+    if text == "string":
+        return text
+    if name != "yarn":
+        raise UserError(f"--rope is {text!r}; it must be string, or yarn:FACTOR such as yarn:4")
+    _number(float, "the factor of --rope yarn", 1, 1024)(factor)
+    return text
+
+
 def _setting(text: str) -> tuple[str, Any]:
     """An argparse type: FIELD=VALUE with a Python literal or a word as value."""
     name, equals, value = text.partition("=")
@@ -98,6 +109,7 @@ class RunConfig:
     top_p: float = 1.0
     dtype: str | None = None
     compare: tuple[str, ...] = ()
+    mass: bool = True
     repeat: int | None = None
     rope: str | None = None
     string_offset: float = 0.33
@@ -138,6 +150,8 @@ class RunConfig:
             raise UserError(f"--profile {self.profile} is a file; give a folder for the trace")
         if self.method in self.compare:
             raise UserError(f"--compare {self.method} is the method itself; compare with another one, such as full")
+        if not self.mass and not self.compare:
+            raise UserError("--no-mass leaves a measurement of --compare out; add --compare METHOD, or drop it")
         if self.method == "auto" and self.method_options:
             raise UserError(f"--method auto decides itself; drop {sorted(self.method_options)} or name a method")
 
@@ -145,6 +159,11 @@ class RunConfig:
     def prompt_style(self) -> PromptStyle:
         """How text becomes a prompt."""
         return PromptStyle(self.template, self.system, self.separator, dict(self.template_args))
+
+    @property
+    def yarn_factor(self) -> float | None:
+        """What ``--rope yarn:FACTOR`` stretches positions by."""
+        return float(self.rope.partition(":")[2]) if self.rope and self.rope.startswith("yarn:") else None
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -272,7 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--sp",
         type=_number(int, "--sp", 1, 1024),
         metavar="N",
-        help="devices on the sequence axis (default: all GPUs; without a GPU 8 simulated devices)",
+        help="devices on the sequence axis (default: all GPUs; without a GPU one device, for tiny 8 simulated ones)",
     )
     group.add_argument(
         "--tp", type=_number(int, "--tp", 1, 64), default=1, metavar="M", help="devices on the tensor axis"
@@ -321,7 +340,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="a hyper-parameter of the method, such as --method ring --set order=plain; may be repeated",
     )
-    group.add_argument("--rope", choices=("string",), help="remapped positions (STRING) under the method")
+    group.add_argument(
+        "--rope",
+        type=parse_rope,
+        metavar="string|yarn:FACTOR",
+        help="remapped positions (STRING) under the method, or positions stretched by FACTOR (YaRN)",
+    )
     group.add_argument(
         "--string-offset", type=float, default=0.33, metavar="SHARE|TOKENS", help="distance from which keys are shifted"
     )
@@ -348,6 +372,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="run these on the same input too and print what the method changed against each (the receipt)",
     )
 
+    group.add_argument(
+        "--no-mass",
+        action="store_false",
+        dest="mass",
+        help="with --compare: leave out the recovered attention mass, which costs a prefill with twice the attention",
+    )
     group.add_argument(
         "--repeat",
         type=_number(int, "--repeat", 0, 1000),

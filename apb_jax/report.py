@@ -77,6 +77,8 @@ def closing_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
     columns = [result, *result.get("compare", [])]
     cells = [figures(column) for column in columns]
     rows = [(row[0][0], *(value for _, value in row)) for row in zip(*cells, strict=True)]
+    if len(columns) > 1 and result["correct"] is not None:
+        rows.append(("needle", *("found" if column["correct"] else "missed" for column in columns)))
     return ("", *(column["method"] for column in columns)), rows
 
 
@@ -101,7 +103,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"# {result['model']}: {result['method']} on {result['document_tokens']:,} tokens",
         "",
-        f"{result['method']} ({options}); weights {result['weights']}, {result['dtype']}, kernels {result['kernels']}; "
+        f"{result['method']} ({options}); weights {result['weights']}, {result['dtype']}, kernels {result['kernels']}, "
+        f"template {result['template']}; "
         f"{result['device']}, mesh {mesh}, {result['shards']} shards; {versions}.",
         "",
         cut(header),
@@ -109,8 +112,7 @@ def markdown(result: dict[str, Any]) -> str:
         *map(cut, rows),
         *(line for sentence in receipts(result) for line in ("", sentence)),
         "",
-        f"Ground truth: {result['ground_truth'] or 'none (not a needle)'}",
-        "",
+        *([f"Ground truth: {result['ground_truth']}", ""] if result["ground_truth"] is not None else []),
         f"Prediction: {result['prediction']}",
     ]
     return "\n".join(lines) + "\n"

@@ -34,7 +34,9 @@ def choose_devices(config: RunConfig, console: Console) -> None:
     if has_accelerator():
         reserve_memory()
     else:
-        simulated = max(1, sequence_devices(config, DEFAULT_SIMULATED) * config.tp // joining.count)
+        # The packaged model shows eight shards on as many devices; any other answers faster on one (its shards stay).
+        usual = DEFAULT_SIMULATED if config.model == "tiny" else 1
+        simulated = max(1, sequence_devices(config, usual) * config.tp // joining.count)
         simulate_devices(simulated)
     joining.start()
     if joining.count > 1:
@@ -42,7 +44,8 @@ def choose_devices(config: RunConfig, console: Console) -> None:
 
         console.quiet = jax.process_index() > 0  # only the first of several processes speaks
     if simulated:
-        console.print(f"no GPU here: {simulated} simulated CPU devices on this machine's cores", style="dim")
+        devices = "1 CPU device" if simulated == 1 else f"{simulated} simulated CPU devices"
+        console.print(f"no GPU here: {devices} on this machine's cores", style="dim")
 
 
 def sequence_devices(config: RunConfig, default: int) -> int:
@@ -51,12 +54,14 @@ def sequence_devices(config: RunConfig, default: int) -> int:
 
 
 def load_model(config: RunConfig) -> LoadedModel:
-    """The model of the command line, under STRING where asked for; no weights are read yet."""
-    from apb_jax.model.config import with_string
+    """The model of the command line, under YaRN or STRING where asked for; no weights are read yet."""
+    from apb_jax.model.config import with_string, with_yarn
     from apb_jax.weights.checkpoint import load
 
     fold = True if config.fold_heads else None  # None: as the folder has them
     model = load(config.model, weights=config.weights, heads=config.heads, dtype=config.dtype, fold_heads=fold)
+    if config.yarn_factor is not None:
+        return dataclasses.replace(model, config=with_yarn(model.config, config.yarn_factor))
     if config.rope != "string":
         return model
     length = config.seq or model.config.max_positions
@@ -93,7 +98,6 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     mesh, method = make_mesh(sp, config.tp), MethodSpec(name, config.method_options)
     size = f"{model.config.parameters / 1e6:,.1f}M parameters, {model.dtype.name}, kernels {config.kernels}"
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
-    console.print(f"[bold]apb_jax[/] {config.model}: {size}, {device}", highlight=False)
     settings = Settings(
         kernels=Kernels(None if config.kernels == "auto" else config.kernels),
         prompt_style=config.prompt_style,
@@ -105,6 +109,8 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     with screen.StageBar(console) as bar:
         engine = Engine(model, method, mesh, settings=settings, progress=bar)
         task = make_task(config, text, engine)
+    described = f"{size}, {device}, template {engine.template}"
+    console.print(f"[bold]apb_jax[/] {config.model}: {described}", highlight=False)
     wanted = new_tokens(config, task.prompt, model.config.max_positions)
     engines = [engine, *map(Beside(engine).of, others)]  # refuses what cannot run before anything runs
     for current in engines:
@@ -112,11 +118,11 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         current.check_lengths([task.prompt], [task.prompt.query], wanted)
         check_memory(current, [task.prompt], wanted, config.gpu_memory)
     notes = list(task.notes)
-    notes += [engine.codec.note] if engine.codec and engine.codec.note else []
+    notes += [note for note in (engine.codec and engine.codec.note, model.config.window_note) if note]
     repeat = int(bool(others)) if config.repeat is None else config.repeat
     asking = Asking(
         task.prompt, wanted, sampler, config.seed, () if engine.codec is None else None, task.truth,
-        repeat=repeat, alone=not others,
+        repeat=repeat, alone=not others, mass=config.mass,
     )  # fmt: skip
     with jax.profiler.trace(config.profile) if config.profile else contextlib.nullcontext():
         show_method(console, engine, asking, notes)
@@ -174,7 +180,7 @@ def decide_method(config: RunConfig, model: LoadedModel, text: str | None) -> tu
 
 
 def show_result(console: Console, result: dict[str, Any]) -> None:
-    """The closing table, the receipts, and the two lines that matter."""
+    """The closing table, the receipts, the prediction, and the truth where there is one."""
     from apb_jax import report, screen
 
     header, rows = report.closing_table(result)
@@ -182,9 +188,10 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     console.print(screen.result_table(rows, header))
     for line in report.receipts(result):
         console.print(f"\n{line}", highlight=False)
-    truth = result["ground_truth"]
-    console.print(f"\nGround Truth: {'none (not a needle)' if truth is None else truth}", highlight=False, markup=False)
-    console.print(f"Prediction: {result['prediction']}", highlight=False, markup=False, emoji=False)
+    console.print()
+    if result["ground_truth"] is not None:
+        console.print(f"Ground Truth: {result['ground_truth']}", highlight=False, markup=False)
+    screen.write(console, f"Prediction: {result['prediction']}\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,12 @@ from apb_jax.report import size
 
 WIDTH = 48
 STYLE = {"earlier": "yellow", "passing": "yellow", "anchor": "magenta", "block": "cyan"}
+CONTROLS = (
+    {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    | {127: 0x2421}
+    | dict.fromkeys(range(128, 160), 0xFFFD)
+)
+"""Control characters to their pictures: a document's escape sequences must not steer the terminal."""
 UNITS = {"prefill": "layers", "decode": "tokens", "load weights": "bytes"}
 
 
@@ -44,13 +50,21 @@ class StageBar:
         )
         self.tasks: dict[str, TaskID] = {}
         self.totals: dict[str, int] = {}
+        self.running = False
 
     def __enter__(self) -> StageBar:
         self.progress.start()
+        self.running = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """The bar goes; a second time nothing happens (rich would print another line where there is no terminal)."""
+        if self.running:
+            self.running = False
+            self.progress.stop()
 
     def restart(self, name: str) -> None:
         """Another method starts: its stages begin anew."""
@@ -114,8 +128,15 @@ def result_table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> Table:
     return table
 
 
+def write(console: Console, text: str) -> None:
+    """A model's text, every character of it: rich would expand tabs, drop controls and read emoji codes."""
+    if not console.quiet:
+        console.file.write(text.translate(CONTROLS))
+        console.file.flush()
+
+
 class AnswerStream:
-    """Prints an answer as its tokens arrive, as plain text: no markup, no emoji codes."""
+    """Shows an answer as its tokens arrive; the pieces joined are the answer's text."""
 
     def __init__(self, console: Console, engine: Engine, bar: StageBar) -> None:
         self.console, self.engine, self.bar = console, engine, bar
@@ -126,12 +147,12 @@ class AnswerStream:
         """The bar goes, the answer comes."""
         if not self.begun:
             self.begun = True
-            self.bar.progress.stop()
+            self.bar.stop()
             self.engine.listen(None)
             self.console.print("[bold green]answer[/] ", end="")
 
     def _show(self, text: str) -> None:
-        self.console.print(text, end="", markup=False, highlight=False, emoji=False)
+        write(self.console, text)
 
     def __call__(self, request: int, fresh: list[int]) -> None:
         self._begin()

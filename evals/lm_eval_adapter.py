@@ -8,7 +8,8 @@ A request brings one string; methods that treat document and query apart need tw
 question or before the last paragraph or line; ``split=64`` takes the last 64 tokens as the query. For exact methods the
 cut changes nothing. Log-likelihoods: the context goes through the method's prefill, the continuation is scored with
 exact causal attention over what the method kept, and is never embedded in an anchor. ``loglikelihood_rolling`` scores a
-window's tokens after the window's context in the same way; the first token of a text follows a doubled prefix token.
+window's tokens after the window's context in the same way. Windows, begin tokens and truncation are those of the
+harness's own ``hf`` model, so that full attention gives its figures.
 """
 
 import logging
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_jax.errors import UserError
-from evals.base import EvalError, SystemSpec
+from evals.base import EvalError, Scored, SystemSpec
 from evals.ruler.prompt import split_prompt
 from evals.system import EngineSystem, connect
 
@@ -125,7 +126,7 @@ class ApbJaxLM(TemplateLM):
         return self.system.tokens.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids behind one begin-of-text token, unless ``add_special_tokens`` is False."""
+        """Ids behind what the tokenizer itself begins a text with, unless ``add_special_tokens`` is False."""
         ids = list(self.system.tokens.encode(string))
         return ids if add_special_tokens is False else self.system.open(ids)
 
@@ -143,10 +144,8 @@ class ApbJaxLM(TemplateLM):
         )
 
     def split_ids(self, context: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """(document, query) ids of a prompt; both hold at least one token, begin-of-text doubled if need be."""
+        """(document, query) ids of a prompt of two tokens or more; both hold at least one."""
         ids = list(ids)
-        if len(ids) < 2:
-            return ids, ids
         if isinstance(self._split, int):
             cut = len(ids) - self._split
         else:
@@ -180,7 +179,10 @@ class ApbJaxLM(TemplateLM):
         return [answer for answer in answers if answer is not None]
 
     def _fitting(self, context: str, new_tokens: int) -> tuple[list[int], list[int]]:
-        document, query = self.split_ids(context, self.tok_encode(context))
+        ids = self.tok_encode(context)
+        if len(ids) < 2:
+            raise UserError(f"a prompt of {len(ids)} tokens, {context!r}: it needs a document and a query, 2 tokens")
+        document, query = self.split_ids(context, ids)
         surplus = len(document) + len(query) - (self.max_length - new_tokens)
         if surplus > 0:
             if surplus >= len(document):
@@ -196,35 +198,40 @@ class ApbJaxLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         results = []
         for args, context, continuation in requests:
-            document, query = self.split_ids(args[0], context)
-            surplus = len(document) + len(query) + len(continuation) - self.max_length
+            # The continuation's last token is scored and not read, so it needs no position.
+            surplus = len(context) + len(continuation) - 1 - self.max_length
+            if surplus >= len(context):
+                raise UserError(f"a continuation of {len(continuation)} tokens exceeds max_length {self.max_length}")
             if surplus > 0:
-                if surplus >= len(document):
-                    raise UserError(
-                        f"a continuation of {len(continuation)} tokens exceeds max_length {self.max_length}"
-                    )
                 log.warning("context too long: its first %d tokens are left out", surplus)
-                document = document[surplus:]
-            scored = self.system.score_ids(document, query, continuation)
+            scored = self._scored(args[0], context, max(0, surplus), continuation)
             result = (float(scored.log_probs.sum()), bool(scored.greedy))
             self.cache_hook.add_partial("loglikelihood", args, result)
             results.append(result)
         return results
+
+    def _scored(self, text: str, context: list[int], left_out: int, continuation: list[int]) -> Scored:
+        """The continuation after the context (``text`` as ids) without its first ``left_out`` tokens."""
+        if len(context) - left_out < 2:
+            return self.system.score_after(context[left_out:], continuation)
+        document, query = self.split_ids(text, context)
+        if left_out >= len(document):
+            return self.system.score_after(context[left_out:], continuation)
+        return self.system.score_ids(document[left_out:], query, continuation)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Total log-probability of each text; every token is scored once, in windows of ``max_length``."""
         totals = []
         for request in requests:
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,
+                max_seq_len=self.max_length,
                 context_len=1,
             )
             total = 0.0
             for context, continuation in map(make_disjoint_window, windows):
-                document, query = (context, context) if len(context) == 1 else (context[:-1], context[-1:])
-                total += float(self.system.score_ids(document, query, continuation).log_probs.sum())
+                total += float(self.system.score_after(context, continuation).log_probs.sum())
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
             totals.append(total)
         return totals

@@ -8,6 +8,7 @@ import numpy as np
 
 from apb_jax.errors import UserError
 from apb_jax.measure.plan import check_memory
+from apb_jax.prompt.pieces import begin_ids
 from evals.base import Completion, Scored, SystemSpec
 from evals.tokens import Tokens, as_tokens
 
@@ -20,8 +21,8 @@ SIMULATED = 4
 class EngineSystem:
     """An apb_jax engine under one method, as the benchmarks see it.
 
-    Prompts are sent as token ids: the benchmark's own wrapper is the whole template, and the tokenizer's
-    begin-of-text token is put in front once.
+    Prompts are sent as token ids: the benchmark's own wrapper is the whole template, and what the tokenizer itself
+    puts in front of a text (a begin-of-text token, or nothing) is put in front once.
     """
 
     def __init__(self, engine: Any, spec: SystemSpec, method: str, reason: str | None = None):
@@ -29,8 +30,7 @@ class EngineSystem:
         self._engine, self._spec, self._method, self._reason = engine, spec, method, reason
         self.tokenizer = engine.model.tokenizer
         self.tokens: Tokens = as_tokens(self.tokenizer)
-        bos = engine.model.tokenizer.bos_token_id
-        self._opening = [] if bos is None else [bos]
+        self._opening = begin_ids(self.tokenizer)
 
     @property
     def max_length(self) -> int:
@@ -71,11 +71,19 @@ class EngineSystem:
 
         The document (all but its last token) goes through the method's prefill; nothing of the segment is embedded.
         """
-        opened = self.open(document)
-        if len(opened) == 1:
-            # The engine gives no logits of document tokens, so the first token of a text follows a doubled prefix.
-            opened = opened * 2
-        return self.score_ids(opened[:-1], opened[-1:], segment)
+        return self.score_after(self.open(document), segment)
+
+    def score_after(self, context: Sequence[int], continuation: Sequence[int]) -> Scored:
+        """Log-probabilities of the continuation after a context of one token or more."""
+        if len(context) > 1:
+            return self.score_ids(context[:-1], context[-1:], continuation)
+        # The engine gives no logits of document rows. A token behind its equal attends to equal values, so its logits
+        # are those of the token alone; what follows is scored behind the single one.
+        first = self.score_ids(context, context, continuation[:1])
+        if len(continuation) == 1:
+            return first
+        rest = self.score_ids(context, continuation[:1], continuation[1:])
+        return Scored(np.concatenate([first.log_probs, rest.log_probs]), rest.facts, first.greedy and rest.greedy)
 
     def answer_ids(
         self,
@@ -132,7 +140,7 @@ class EngineSystem:
         }
 
     def open(self, ids: Sequence[int]) -> list[int]:
-        """``ids`` behind one begin-of-text token."""
+        """``ids`` behind what the tokenizer itself begins a text with."""
         return list(ids) if list(ids[: len(self._opening)]) == self._opening else [*self._opening, *ids]
 
 

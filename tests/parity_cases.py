@@ -108,6 +108,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "use_sliding_window": False,
     },
+    "smollm3": _SHARED
+    | {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "attention_bias": False,
+        "max_position_embeddings": 65536,
+        "no_rope_layer_interval": 2,
+        "no_rope_layers": [1, 0, 1],
+        "pad_token_id": 0,
+        "rope_theta": 5000000.0,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    },
     "llama-linear": _SHARED
     | {
         "architectures": ["LlamaForCausalLM"],

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 from hf_checkpoints import tiny_config, write_checkpoint
+from rich.console import Console
 
 from apb_jax.errors import UserError
 from apb_jax.options import RunConfig, parse, parse_length
-from apb_jax.run import main
+from apb_jax.run import choose_devices, main
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,9 @@ BAD = [
     ([*MODEL, "--profile", "{book.txt}"], "is a file; give a folder"),
     (["--processes", "2"], "must be given together"),
     (["--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "2"], "it must lie in 0..1"),
+    ([*MODEL, "--no-mass"], "--no-mass leaves a measurement of --compare out; add --compare METHOD"),
+    ([*MODEL, "--rope", "ntk:2"], "--rope is 'ntk:2'; it must be string, or yarn:FACTOR such as yarn:4"),
+    ([*MODEL, "--rope", "yarn:0.5"], "the factor of --rope yarn is 0.5; it must be between 1 and 1024"),
     (["--metod", "apb"], "unrecognized arguments: --metod apb; did you mean --method?"),
     (["run"], "unrecognized arguments: run"),
 ]
@@ -210,7 +214,52 @@ def test_json_is_the_last_line(
         page = Path("out/run.md").read_text(encoding="utf-8")
         assert "|  | apb | full | ring | streaming |" in page
         assert "| attention mass recovered |" in page
+        assert "Ground truth" not in page  # random ids: nothing to find
         assert page.count("receipt against") == 3
+
+
+def test_a_verdict_for_every_method(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packaged model's needle beside full attention: one prediction, a verdict a column, no recovered mass."""
+    monkeypatch.setenv("APB_JAX_CACHE", "off")
+    arguments = [
+        "--seq",
+        "512",
+        "--sp",
+        "1",
+        "--compare",
+        "full",
+        "--no-mass",
+        "--repeat",
+        "0",
+        "--max-new-tokens",
+        "16",
+    ]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^needle +(found|missed) +found$", out, re.MULTILINE)
+    assert (out.count("Prediction: "), out.count("Ground Truth: ")) == (1, 1)
+    assert "attention mass" not in out
+    assert "template question" in out
+
+
+def test_starx_warns_of_its_merge(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APB_JAX_CACHE", "off")
+    arguments = ["--model", files["model"], "--seq", "200", "--max-new-tokens", "2", "--sp", "2", "--method", "starx"]
+    assert main([*arguments, "--json"]) == 0
+    assert "starx merges as published" in " ".join(json.loads(capsys.readouterr().out)["notes"])
+
+
+@pytest.mark.parametrize(("model", "devices"), [("tiny", 8), ("smollm2-135m", 1), ("./folder", 1)])
+def test_devices_without_a_gpu(model: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight simulated ones for the packaged model, whose picture teaches; else one, unless asked."""
+    asked: list[int] = []
+    monkeypatch.setattr("apb_jax.mesh.has_accelerator", lambda: False)
+    monkeypatch.setattr("apb_jax.mesh.simulate_devices", asked.append)
+    for config in (RunConfig(model=model), RunConfig(model=model, sp=3)):
+        choose_devices(config, Console(quiet=True))
+    assert asked == [devices, 3]
 
 
 def test_same_seed_same_answer(

@@ -70,6 +70,14 @@ class StarX(Star):
         if self.stride < 1:
             raise UserError(f"stride is {self.stride}; it must be at least 1 (the repository: 16)")
 
+    def completed(self, setup: Setup) -> tuple[Self, tuple[str, ...]]:
+        """A warning: the merge is the published one, which loses answers."""
+        note = (
+            "starx merges as published, a mean of the shards' outputs in place of the exact merge: "
+            "most answers are lost (star and starx_sparse merge exactly)"
+        )
+        return self, (note,) if setup.shards > 1 else ()
+
     def equals_full(self, prompts: Sequence[Prompt], shards: int) -> str | None:
         """On several shards the average of their outputs is another attention, whatever the blocks."""
         return super().equals_full(prompts, shards) if shards == 1 else None

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from apb_jax.errors import UserError
-from apb_jax.model.families import FAMILIES, MAX_WINDOW_LAYERS, SLIDING_WINDOW, Family
+from apb_jax.model.families import FAMILIES, MAX_WINDOW_LAYERS, NO_ROPE_INTERVAL, SLIDING_WINDOW, Family
 from apb_jax.model.hf_keys import check_keys, real, switch, token_ids, whole
 from apb_jax.model.weights import count, weights_of
 from apb_jax.rope.base import Rope
-from apb_jax.rope.default import NoRope
+from apb_jax.rope.default import DefaultRope, NoRope
 from apb_jax.rope.from_hf import rope_from_hf
 from apb_jax.rope.string import StringRope
+from apb_jax.rope.yarn import YarnRope
 
 LARGEST_EPS = 0.1
 """Far above any model's: a larger one is a damaged file."""
@@ -194,7 +195,7 @@ class ModelConfig:
         head_dim = whole(hf, "head_dim", family.head_dim if "head_dim" not in hf and family.head_dim else 0)
         if not head_dim and hidden % heads:
             raise UserError(f"config.json has hidden_size={hidden}, no multiple of {heads} heads, and no head_dim")
-        rope = rope_from_hf(hf, family.max_positions)
+        rope = rope_from_hf(hf, family.max_positions, family.theta)
         layers = _layers_from_hf(hf, family)
         positions = rope.positions(whole(hf, "max_position_embeddings", family.max_positions))
         windows = [spec.window for spec in layers if spec.window is not None]
@@ -216,7 +217,7 @@ class ModelConfig:
             rms_norm_eps=real(hf, "rms_norm_eps", 1e-6),
             max_positions=min([positions, *windows]),
             qkv_bias=family.qkv_bias,
-            tie_embeddings=switch(hf, "tie_word_embeddings"),
+            tie_embeddings=switch(hf, "tie_word_embeddings", family.tie_embeddings),
             bos_id=bos[0] if bos else None,
             eos_ids=token_ids(hf, "eos_token_id"),
             layers=layers[:1] if len(set(layers)) == 1 else layers,
@@ -256,6 +257,8 @@ class ModelConfig:
             if self.window is not None:
                 first = next(layer for layer, spec in enumerate(specs) if spec.window)
                 out |= {"sliding_window": self.window, "max_window_layers": first}
+        if family.some_without_rope:
+            out["no_rope_layers"] = [int(spec.rope is None) for spec in specs]
         if list(_layers_from_hf(out, family)) != specs:
             raise UserError(f"the layers of this model differ in a way that no config.json of {self.family!r} can say")
         return out
@@ -277,8 +280,10 @@ def _layers_from_hf(hf: Mapping[str, Any], family: Family) -> tuple[LayerSpec, .
         first = 0 if family.sliding == "all" else whole(hf, "max_window_layers", MAX_WINDOW_LAYERS)
         if family.sliding == "upper" and not switch(hf, "use_sliding_window"):
             first, window = layers, None
+    rotated = _rotated_layers(hf, family, layers)
     specs = tuple(
-        LayerSpec(qk_norm=family.qk_norm, window=window if layer >= first else None) for layer in range(layers)
+        LayerSpec(family.qk_norm, window if layer >= first else None, None if rotated[layer] else NoRope())
+        for layer in range(layers)
     )
     types = ["full_attention" if spec.window is None else "sliding_attention" for spec in specs]
     given = hf.get("layer_types")
@@ -289,6 +294,42 @@ def _layers_from_hf(hf: Mapping[str, Any], family: Family) -> tuple[LayerSpec, .
             "'full_attention', or 'sliding_attention' where sliding_window and max_window_layers say the same"
         )
     return specs
+
+
+def _rotated_layers(hf: Mapping[str, Any], family: Family, layers: int) -> list[bool]:
+    """Which layers have RoPE: all, but in families where some have no positions (NoPE)."""
+    given = hf.get("no_rope_layers")
+    if not family.some_without_rope:
+        if given is not None or hf.get("no_rope_layer_interval") is not None:
+            raise UserError(f"config.json has no_rope_layers={given!r}, which a {hf['model_type']} has not; delete it")
+        return [True] * layers
+    if given is None:
+        interval = whole(hf, "no_rope_layer_interval", NO_ROPE_INTERVAL)
+        if interval < 1:
+            raise UserError(f"config.json has no_rope_layer_interval={interval}; it must be at least 1 (SmolLM3: 4)")
+        return [(layer + 1) % interval != 0 for layer in range(layers)]
+    if not isinstance(given, list | tuple) or len(given) != layers or any(flag not in (0, 1) for flag in given):
+        raise UserError(
+            f"config.json has no_rope_layers={given!r}; it must be {layers} numbers, 1 for a layer with RoPE, else 0"
+        )
+    return [bool(flag) for flag in given]
+
+
+def with_yarn(config: ModelConfig, factor: float) -> ModelConfig:
+    """``config`` stretched by YaRN, as HF's ``{"type": "yarn", "factor": factor}`` over its positions says.
+
+    Raises:
+        UserError: a factor below 1; a model whose rope is stretched already, or differs by layer.
+    """
+    own = [spec.rope for spec in config.layers if spec.rope is not None and not isinstance(spec.rope, NoRope)]
+    if type(config.rope) is not DefaultRope or own:
+        raise UserError(
+            f"--rope yarn:{factor:g} stretches a model of plain RoPE; this one has {config.rope.kind!r} up to "
+            f"{config.max_positions} positions; drop --rope"
+        )
+    rope = YarnRope(config.rope.theta, factor, config.max_positions)
+    positions = rope.positions(config.max_positions)
+    return replace(config, rope=rope, max_positions=min(positions, config.window or positions))
 
 
 def with_string(config: ModelConfig, offset: float = 0.33, local: int = 128, length: int | None = None) -> ModelConfig:

@@ -12,7 +12,7 @@ READ = frozenset(
     "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim rms_norm_eps max_position_embeddings tie_word_embeddings bos_token_id eos_token_id "
     "rope_theta rope_scaling rope_parameters original_max_position_embeddings "
-    "sliding_window use_sliding_window max_window_layers layer_types".split()
+    "sliding_window use_sliding_window max_window_layers layer_types no_rope_layers no_rope_layer_interval".split()
 )
 """What ``ModelConfig.from_hf`` computes with."""
 
@@ -36,7 +36,7 @@ ONLY: dict[str, tuple[Any, str]] = {
 HARMLESS: dict[str, frozenset[str]] = {
     "names, versions and storage; say nothing about the mathematics": frozenset(
         "architectures _name_or_path name_or_path transformers_version torch_dtype dtype use_bfloat16 tokenizer_class "
-        "unsloth_version unsloth_fixed _commit_hash".split()
+        "unsloth_version unsloth_fixed _commit_hash is_llama_config transformers.js_config".split()
     ),
     "training alone": frozenset(
         "attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop initializer_range gradient_checkpointing "
@@ -105,12 +105,12 @@ def real(hf: Mapping[str, Any], name: str, default: float) -> float:
     return float(value)
 
 
-def switch(hf: Mapping[str, Any], name: str) -> bool:
-    """True or false; absent or null: false."""
+def switch(hf: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """True or false; absent or null: the default."""
     value = hf.get(name)
     if value is not None and not isinstance(value, bool):
         raise UserError(f"config.json has {name}={_short(value)}; it must be true or false")
-    return bool(value)
+    return default if value is None else value
 
 
 def token_ids(hf: Mapping[str, Any], name: str) -> tuple[int, ...]:

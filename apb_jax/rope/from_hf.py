@@ -25,12 +25,13 @@ REASONS = {
 """Why a known type is not computed."""
 
 
-def rope_from_hf(hf: Mapping[str, Any], max_positions: int | None = None) -> Rope:
+def rope_from_hf(hf: Mapping[str, Any], max_positions: int | None = None, default_theta: float = DEFAULT_THETA) -> Rope:
     """The rule that transformers applies for this ``config.json``.
 
     Args:
         hf: the whole configuration.
         max_positions: the family's positions where ``max_position_embeddings`` is absent or null.
+        default_theta: the family's theta where no ``rope_theta`` is given.
 
     Raises:
         UserError: a type or setting that is not computed, a missing or unreal number, two spellings that disagree.
@@ -45,10 +46,12 @@ def rope_from_hf(hf: Mapping[str, Any], max_positions: int | None = None) -> Rop
         if "rope_parameters" in spellings and hf.get("rope_theta") is None:
             raise UserError(
                 "config.json has an empty rope_parameters and no rope_theta; "
-                f"write the theta that the model was trained with (transformers' default: {DEFAULT_THETA:.0f})"
+                f"write the theta that the model was trained with (transformers' default: {default_theta:.0f})"
             )
-        return _read({}, hf, max_positions)
-    ropes = {name: _read(settings, hf, max_positions) for name, settings in spellings.items() if settings}
+        return _read({}, hf, max_positions, default_theta)
+    ropes = {
+        name: _read(settings, hf, max_positions, default_theta) for name, settings in spellings.items() if settings
+    }
     if len(set(ropes.values())) > 1:
         raise UserError(
             f"config.json has rope_parameters={hf['rope_parameters']!r} and rope_scaling={hf['rope_scaling']!r}, "
@@ -57,7 +60,7 @@ def rope_from_hf(hf: Mapping[str, Any], max_positions: int | None = None) -> Rop
     return next(iter(ropes.values()))
 
 
-def _read(given: Mapping[str, Any], hf: Mapping[str, Any], max_positions: int | None) -> Rope:
+def _read(given: Mapping[str, Any], hf: Mapping[str, Any], max_positions: int | None, default_theta: float) -> Rope:
     settings = {name: value for name, value in given.items() if value is not None}
     kinds = {settings.pop(name) for name in ("rope_type", "type") if name in settings} or {"default"}
     kind = sorted(map(str, kinds))[0]
@@ -78,7 +81,7 @@ def _read(given: Mapping[str, Any], hf: Mapping[str, Any], max_positions: int | 
         return float(value)
 
     top_theta = hf.get("rope_theta")
-    theta = number("rope_theta", DEFAULT_THETA if top_theta is None else top_theta)
+    theta = number("rope_theta", default_theta if top_theta is None else top_theta)
     stated = hf.get("max_position_embeddings") or max_positions
     # transformers lets the one beside the settings win.
     original = hf.get("original_max_position_embeddings")

@@ -156,7 +156,10 @@ def _byte_level(header: GGUFHeader, vocabulary: dict[str, int]) -> tuple[Tokeniz
 
 
 def _sentencepiece(header: GGUFHeader, vocabulary: dict[str, int]) -> Tokenizer:
-    """SentencePiece's BPE: merges follow from the pieces' scores, spaces are written U+2581."""
+    """SentencePiece's BPE: merges follow from the pieces' scores, spaces are written U+2581.
+
+    ``tokenizer.ggml.add_space_prefix`` (absent: true): every text, and what follows a special token, begins with a space.
+    """
     from transformers.tokenization_utils_base import generate_merges
 
     scores = _table(header, "tokenizer.ggml.scores", float, len(vocabulary))
@@ -166,7 +169,9 @@ def _sentencepiece(header: GGUFHeader, vocabulary: dict[str, int]) -> Tokenizer:
     unknown = _token(header, list(vocabulary), "tokenizer.ggml.unknown_token_id")
     built = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = bool(header.settings.get("tokenizer.ggml.add_space_prefix", True))
-    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if prefix else "never", split=False)
+    # As SentencePiece and llama.cpp: one space more in front, also where the text begins with one (Metaspace adds none).
+    spaces = normalizers.Replace(" ", "\u2581")
+    built.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     built.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefix else []))
     return built

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from dense import our_logits
 from gguf_files import HF, Kind, tensors_of, write_gguf
 from safetensors.numpy import load_file
 
@@ -25,6 +28,9 @@ def test_folder_is_the_file(shard_bytes: int | None, tmp_path: Path, monkeypatch
     assert main(["gguf", str(file), "--out", str(out)]) == 0
     assert (out / "model.safetensors.index.json").exists() == bool(shard_bytes)
     assert load(out).config == load(file).config
+    ids = jnp.asarray(np.random.default_rng(2).integers(0, HF["vocab_size"], (1, 23), dtype=np.int32))
+    logits = [our_logits(load(source, dtype="float32"), ids)[0] for source in (file, out)]
+    np.testing.assert_array_equal(*logits)
     written = {name: array for part in out.glob("*.safetensors") for name, array in load_file(part).items()}
     for name, tensor in tensors.items():
         expected = tensor if tensor.ndim == 1 else tensor.astype("float16")

@@ -67,13 +67,15 @@ def test_splits_equal_those_of_transformers(pre: str) -> None:
     assert (mine.encode("a")[0] == mine.bos_token_id) == (pre in ("llama-bpe", "tekken"))
 
 
-def test_sentencepiece_pieces_are_those_of_the_library() -> None:
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_pieces_are_those_of_the_library(prefix: bool) -> None:
+    """Also of lines that begin with spaces: one space more in front, or none (``add_space_prefix``)."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
-    text = (ROOT / "README.md").read_text().splitlines()
+    text = (ROOT / "docs" / "log.md").read_text().splitlines()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=model, vocab_size=600, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=prefix, minloglevel=2,
     )  # fmt: skip
     reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     count = reference.vocab_size()
@@ -81,23 +83,22 @@ def test_sentencepiece_pieces_are_those_of_the_library() -> None:
         2 if reference.is_unknown(i) else 3 if reference.is_control(i) else 6 if reference.is_byte(i) else 1
         for i in range(count)
     ]
-    tokenizer = gguf_tokenizer(
-        header(
-            {
-                "tokenizer.ggml.model": "llama",
-                "tokenizer.ggml.tokens": [reference.id_to_piece(i) for i in range(count)],
-                "tokenizer.ggml.scores": [float(reference.get_score(i)) for i in range(count)],
-                "tokenizer.ggml.token_type": kinds,
-                "tokenizer.ggml.unknown_token_id": 0,
-                "tokenizer.ggml.bos_token_id": 1,
-                "tokenizer.ggml.eos_token_id": 2,
-            }
-        )
-    )
+    settings = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [reference.id_to_piece(i) for i in range(count)],
+        "tokenizer.ggml.scores": [float(reference.get_score(i)) for i in range(count)],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    tokenizer = gguf_tokenizer(header(settings if prefix else settings | {"tokenizer.ggml.add_space_prefix": False}))
     assert tokenizer is not None
-    for line in [*text[:200], "é 你好 😀", "two  spaces"]:
-        if line and not line.startswith(" "):  # there SentencePiece adds one more space, transformers' Metaspace none
-            assert tokenizer.encode(line, add_special_tokens=False) == reference.encode(line)
+    for line in [*text[:200], "é 你好 😀", "two  spaces", " one in front", "   three in front ", "\tand a tab", "\n x"]:
+        if line:
+            ids = tokenizer.encode(line, add_special_tokens=False)
+            assert ids == reference.encode(line), line
+            assert tokenizer.decode(ids) == line
     assert tokenizer.encode("a")[0] == 1
 
 
