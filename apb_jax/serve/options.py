@@ -126,7 +126,19 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None = None) -> ServeConfig:
     """A ServeConfig from a command line; UserError for what is wrong with it."""
     given: dict[str, Any] = vars(make_parser().parse_args(argv))
-    names = ("model", "weights", "heads", "template", "dtype", "sp", "tp", "shards", "placement", "slice_decode", "kernels")
+    names = (
+        "model",
+        "weights",
+        "heads",
+        "template",
+        "dtype",
+        "sp",
+        "tp",
+        "shards",
+        "placement",
+        "slice_decode",
+        "kernels",
+    )
     run = RunConfig(
         method=given.pop("method") or DEFAULT, options=tuple(given.pop("set")),
         **{name: given.pop(name) for name in names},
