@@ -1,6 +1,9 @@
-"""Documents for the tests of the server."""
+"""Documents for the tests of the server, and waiting for its thread."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 
 def book(seed: int, sentences: int = 40) -> str:
@@ -14,3 +17,11 @@ def book(seed: int, sentences: int = 40) -> str:
 def ask(text: str, question: str) -> list[dict[str, str]]:
     """A conversation of one message: a document, a blank line, a question."""
     return [{"role": "user", "content": f"{text}\n\n{question}"}]
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -99,3 +99,38 @@ def another(engine: apb_jax.Engine) -> Iterator[Callable[..., Server]]:
 def http(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         yield client
+
+
+@dataclass
+class Brake:
+    """Listens to the engine: ``hold(stage)`` stops its thread at the next such stage until ``release``."""
+
+    seen: list[tuple[str, int]] = field(default_factory=list)
+    free: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
+    at: tuple[str, int] | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.seen.append((stage, done))
+        if self.at == (stage, done):
+            self.stopped.set()
+            assert self.free.wait(60)
+
+    def hold(self, stage: str, done: int) -> None:
+        self.seen.clear()
+        self.free.clear()
+        self.stopped.clear()
+        self.at = stage, done
+
+    def release(self) -> None:
+        self.at = None
+        self.free.set()
+
+
+@pytest.fixture
+def brake(engine: apb_jax.Engine) -> Iterator[Brake]:
+    made = Brake()
+    engine.listen(made)
+    yield made
+    made.release()
+    engine.listen(None)
