@@ -70,6 +70,8 @@ class Prefilling:
     waiters: list[Ticket]
     steps: Generator[tuple[int, int], None, Session] | None = None
     started: float = 0.0
+    compiled_s: float = 0.0
+    """The engine's seconds of compilation before it: those since then say nothing about the layers to come."""
     progress: Progress | None = None
 
 
@@ -221,6 +223,7 @@ class Worker:
                 self.store.make_room(estimated_bytes(self.engine, len(prefill.document.ids)))
                 prompt = Prompt(prefill.document.ids, PLACEHOLDER, PLACEHOLDER)
                 prefill.steps, prefill.started = self.engine.prefill_steps([prompt]), started
+                prefill.compiled_s = self.engine.programs.compile_s
             done, layers = next(prefill.steps)
         except StopIteration as finished:
             self._prefilled(key, prefill, finished.value)
@@ -237,7 +240,8 @@ class Worker:
     def _tell(self, prefill: Prefilling, done: int, layers: int) -> None:
         tokens = len(prefill.document.ids)
         ms = 1e3 * (time.perf_counter() - prefill.started)
-        eta = ms / done * (layers - done) if done else None
+        compile_ms = 1e3 * (self.engine.programs.compile_s - prefill.compiled_s)
+        eta = max(0.0, ms - compile_ms) / done * (layers - done) if done else None
         for ticket in prefill.waiters:
             ticket.post(Progress(ticket.prompt_tokens, 0, tokens * done // layers, ms, eta))
         prefill.progress = Progress(tokens, 0, tokens * done // layers, ms, eta)
