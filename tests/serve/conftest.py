@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,62 +9,21 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 import apb_jax
-from apb_jax.serve.app import make_app
+from apb_jax.serve.background import Background
 from apb_jax.serve.guard import Gate
 from apb_jax.serve.requests import Defaults
-from apb_jax.serve.service import Plan, Service
+from apb_jax.serve.service import Plan
 from apb_jax.serve.store import DeviceStore
 from apb_jax.serve.worker import Limits
 from apb_jax.weights.checkpoint import load
 
 
-@dataclass
-class Server:
-    """A running server and what is behind it."""
-
-    service: Service
-    url: str
-    uvicorn: uvicorn.Server
-    thread: threading.Thread
-
-    @property
-    def api(self) -> str:
-        return f"{self.url}/v1"
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self.service.metrics.registry.get_sample_value(f"apb_{name}", labels) or 0.0
-
-    def close(self) -> None:
-        self.uvicorn.should_exit = True
-        self.thread.join(30)
-        self.service.stop()
-
-
-def serve(engine: apb_jax.Engine, gate: Gate | None = None, limits: Limits | None = None) -> Server:
+def serve(engine: apb_jax.Engine, gate: Gate | None = None, limits: Limits | None = None) -> Background:
     """A server around an engine that is there; answers are short unless asked otherwise."""
     plan = Plan(lambda: engine, lambda _: DeviceStore(1 << 28), limits or Limits(), Defaults(new_tokens=8))
-    service = Service(plan)
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    sock.listen(256)
-    config = uvicorn.Config(
-        make_app(service, gate or Gate()), log_level="error", lifespan="off", timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
-    ready = threading.Event()
-    service.start(ready.set)
-
-    def run() -> None:
-        asyncio.run(server.serve(sockets=[sock]))
-        sock.close()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert ready.wait(60)
-    return Server(service, f"http://127.0.0.1:{sock.getsockname()[1]}", server, thread)
+    return Background(plan, gate)
 
 
 @pytest.fixture(scope="session")
@@ -75,18 +32,18 @@ def engine() -> apb_jax.Engine:
 
 
 @pytest.fixture(scope="session")
-def server(engine: apb_jax.Engine) -> Iterator[Server]:
+def server(engine: apb_jax.Engine) -> Iterator[Background]:
     made = serve(engine)
     yield made
     made.close()
 
 
 @pytest.fixture
-def another(engine: apb_jax.Engine) -> Iterator[Callable[..., Server]]:
+def another(engine: apb_jax.Engine) -> Iterator[Callable[..., Background]]:
     """Makes servers of other settings around the same engine."""
-    made: list[Server] = []
+    made: list[Background] = []
 
-    def make(**settings: Any) -> Server:
+    def make(**settings: Any) -> Background:
         made.append(serve(engine, **settings))
         return made[-1]
 
@@ -96,7 +53,7 @@ def another(engine: apb_jax.Engine) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
-def http(server: Server) -> Iterator[httpx.Client]:
+def http(server: Background) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         yield client
 

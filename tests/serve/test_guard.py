@@ -111,9 +111,9 @@ def test_pages_of_others_may_not_ask_unless_they_are_named(another: Callable[...
     assert http.get("/v1/models", headers={"origin": str(http.base_url).rstrip("/")}).status_code == 200
     assert "access-control-allow-origin" not in http.get("/v1/models").headers
     server = another(gate=Gate(hosts=LOOPBACK, origins=("https://good.example",)))
-    good = httpx.get(f"{server.api}/models", headers={"origin": "https://good.example"}, trust_env=False)
+    good = httpx.get(f"{server.url}/v1/models", headers={"origin": "https://good.example"}, trust_env=False)
     assert good.headers["access-control-allow-origin"] == "https://good.example"
-    rebound = httpx.get(f"{server.api}/models", headers={"host": "evil.example"}, trust_env=False)
+    rebound = httpx.get(f"{server.url}/v1/models", headers={"host": "evil.example"}, trust_env=False)
     assert (rebound.status_code, rebound.json()["error"]["code"]) == (403, "wrong_host")
 
 

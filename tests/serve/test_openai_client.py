@@ -20,7 +20,7 @@ TEXT = book(1)
 @pytest.fixture(scope="module")
 def client(server: Any) -> Iterator[openai.OpenAI]:
     http = httpx.Client(trust_env=False)
-    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, http_client=http) as made:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=http) as made:
         yield made
 
 
@@ -172,7 +172,7 @@ def test_another_models_name_is_not_found(client: openai.OpenAI) -> None:
 def test_a_wrong_key_is_an_authentication_error(another: Callable[..., Any]) -> None:
     server = another(gate=Gate(keys=(b"right", b"also right")))
     make = lambda key: openai.OpenAI(  # noqa: E731
-        base_url=server.api, api_key=key, max_retries=0, http_client=httpx.Client(trust_env=False)
+        base_url=f"{server.url}/v1", api_key=key, max_retries=0, http_client=httpx.Client(trust_env=False)
     )
     for key in ("right", "also right"):
         with make(key) as good:
