@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from apb_jax.generation import Generation
-from apb_jax.prompt import PromptCodec
+from apb_jax.prompt.codec import PromptCodec
+from apb_jax.prompt.stream import TextStream, decoder_kinds, token_bytes
 from apb_jax.serve.documents import Document
 from apb_jax.serve.requests import Options
-from apb_jax.serve.text import StopStrings, TextStream
+from apb_jax.serve.stops import StopStrings
 from apb_jax.session import Session
 
 
@@ -35,8 +37,10 @@ class TokenLogprob:
     """A token, its log probability (nats), and the likeliest ones at its place."""
 
     token: str
+    raw: bytes
+    """Its bytes: those of a part of a character are no text."""
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Finished:
     times_ms: dict[str, float] = field(default_factory=dict)
 
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 Event = Progress | Fresh | Finished
 
 
@@ -165,8 +170,17 @@ def token_logprob(codec: PromptCodec, token: int, logits: np.ndarray, top: int) 
     logprobs = wide - np.log(np.exp(wide).sum())
     best = np.argpartition(-logprobs, top - 1)[:top] if top else np.zeros(0, np.int64)
     ordered = best[np.argsort(-logprobs[best], kind="stable")]
-    return TokenLogprob(
-        codec.decode([token]),
-        float(logprobs[token]),
-        tuple((codec.decode([int(i)]), float(logprobs[i])) for i in ordered),
-    )
+    likeliest = tuple(TokenLogprob(*token_text(codec, int(i)), float(logprobs[i])) for i in ordered)
+    return TokenLogprob(*token_text(codec, token), float(logprobs[token]), likeliest)
+
+
+def token_text(codec: PromptCodec, token: int) -> tuple[str, bytes]:
+    """(text, bytes) of one token; its text has replacement characters where its bytes are none alone."""
+    tokenizer = codec.tokenizer
+    name, text = str(tokenizer.convert_ids_to_tokens(token)), codec.decode([token])
+    if _BYTE.fullmatch(name):
+        return text, bytes([int(name[3:5], 16)])
+    kinds = decoder_kinds(tokenizer.backend_tokenizer.decoder)  # type: ignore[attr-defined]
+    if "ByteLevel" in kinds and token not in tokenizer.all_special_ids:
+        return text, token_bytes(name)
+    return text, text.encode()

@@ -10,6 +10,7 @@ from typing import Any
 
 from apb_jax.errors import UserError
 from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _number, _Parser, _setting
+from apb_jax.prompt.style import parse_separator, parse_template_arg
 
 DEFAULT = "default"
 """The method of who names none: an exact one."""
@@ -73,7 +74,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--model", default="tiny", metavar="NAME", help="preset, HF folder or HF id (default: tiny)")
     group.add_argument("--weights", metavar="PATH|random", help="folder with other weights, or random ones")
     group.add_argument("--heads", metavar="FILE", help="retaining heads (safetensors); default: beside the weights")
-    group.add_argument("--template", metavar="NAME", help="chat template (default: by model)")
+    group.add_argument("--template", metavar="NAME", help="chat template: model, none or a published one, as in run")
+    group.add_argument("--system", metavar="TEXT", help="a system message in the model's own chat template")
+    group.add_argument(
+        "--template-arg", action="append", dest="template_args", type=parse_template_arg, default=[],
+        metavar="NAME=VALUE", help="a variable of the model's own chat template; may be repeated",
+    )  # fmt: skip
+    group.add_argument(
+        "--separator", type=parse_separator, metavar="TEXT", help=r"between document and question (default: \n\n)"
+    )
     group.add_argument("--dtype", choices=("bf16", "float32"), help="default: bf16 on GPUs, float32 on CPUs")
 
     group = parser.add_argument_group("mesh and method")
@@ -126,21 +135,10 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None = None) -> ServeConfig:
     """A ServeConfig from a command line; UserError for what is wrong with it."""
     given: dict[str, Any] = vars(make_parser().parse_args(argv))
-    names = (
-        "model",
-        "weights",
-        "heads",
-        "template",
-        "dtype",
-        "sp",
-        "tp",
-        "shards",
-        "placement",
-        "slice_decode",
-        "kernels",
-    )
+    names = "model weights heads template system separator dtype sp tp shards placement slice_decode kernels".split()
     run = RunConfig(
         method=given.pop("method") or DEFAULT, options=tuple(given.pop("set")),
+        template_args=tuple(given.pop("template_args")),
         **{name: given.pop(name) for name in names},
     )  # fmt: skip
     return ServeConfig(run=run, **(given | {"cors_origin": tuple(given["cors_origin"])}))

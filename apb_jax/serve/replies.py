@@ -25,10 +25,10 @@ def usage(ask: Ask, end: Finished) -> Json:
 def token_json(token: TokenLogprob) -> Json:
     """A token of ``logprobs.content``."""
 
-    def one(text: str, logprob: float) -> Json:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def one(of: TokenLogprob) -> Json:
+        return {"token": of.token, "logprob": of.logprob, "bytes": list(of.raw)}
 
-    return one(token.token, token.logprob) | {"top_logprobs": [one(*other) for other in token.top]}
+    return one(token) | {"top_logprobs": [one(other) for other in token.top]}
 
 
 @dataclass
@@ -135,7 +135,7 @@ class CompletionReply(Reply):
             logprobs = {
                 "tokens": [token.token for token in fresh.tokens],
                 "token_logprobs": [token.logprob for token in fresh.tokens],
-                "top_logprobs": [dict(token.top) for token in fresh.tokens],
+                "top_logprobs": [{one.token: one.logprob for one in token.top} for token in fresh.tokens],
                 "text_offset": offsets,
             }
         return {"index": 0, "text": fresh.text, "logprobs": logprobs, "finish_reason": reason}

@@ -50,16 +50,18 @@ def make_engine(config: ServeConfig) -> Engine:
         raise UserError(f"{run.model} has no tokenizer; a server needs one")
     mesh = make_mesh(run.sp, run.tp)
     method = choose_method(run, model, mesh.shape[SP])
-    return Engine(
+    engine = Engine(
         model,
         method,
         mesh,
         kernels=Kernels(None if run.kernels == "auto" else run.kernels),
-        template=run.template,
+        prompt_style=run.prompt_style,
         shards=shards_for(run, method, mesh.shape[SP]),
         placement=run.placement,
         slice_decode=run.slice_decode,
     )
+    _ = engine.state  # the weights are read now, not by the first request
+    return engine
 
 
 def choose_method(run: RunConfig, model: LoadedModel, devices: int) -> MethodSpec:

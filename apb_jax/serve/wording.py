@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from apb_jax.engine import Engine
 from apb_jax.errors import UserError
+from apb_jax.prompt.pieces import begin_ids
 from apb_jax.serve.documents import LEAST_TOKENS, Document, Library, split_message
 from apb_jax.serve.refusal import wrong
 from apb_jax.serve.requests import ChatRequest, CompletionRequest
@@ -104,7 +106,7 @@ class Wording:
         return np.asarray([t for t in stops[-1:] if t is not None], np.int32), header
 
     def completion(self, request: CompletionRequest) -> tuple[Document, np.ndarray]:
-        """(document, query ids) of a prompt that is taken as it stands: no template, nothing stripped.
+        """(document, query ids) of a prompt that is taken as it stands: no template, control tokens mean themselves.
 
         The document ends behind the last blank line of a text, and before the last id of a list of ids.
         """
@@ -113,9 +115,9 @@ class Wording:
         if isinstance(request.prompt, str):
             text, _ = split_message(request.prompt)
             edge = len(text) + 2 if text else 0
-            front = [i for i in (codec.tokenizer.bos_token_id,) if i is not None]
-            head = np.concatenate([front, codec.encode(request.prompt[:edge])]).astype(np.int32)
-            tail = np.asarray(codec.encode(request.prompt[edge:]), np.int32)
+            encode = partial(codec.tokenizer.encode, add_special_tokens=False, verbose=False)
+            head = np.asarray([*begin_ids(codec.tokenizer), *encode(request.prompt[:edge])], np.int32)
+            tail = np.asarray(encode(request.prompt[edge:]), np.int32)
         else:
             text, ids = "", np.asarray(request.prompt, np.int32)
             if ids.max() >= self.engine.model.config.vocab_size:

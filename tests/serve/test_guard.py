@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serve.books import ask
 
 from apb_jax.serve.guard import LOOPBACK, Gate
-from apb_jax.serve.text import StopStrings
+from apb_jax.serve.stops import StopStrings
 
 SETTINGS = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 anything = st.recursive(
