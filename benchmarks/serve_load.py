@@ -129,6 +129,7 @@ def run_load(engine: apb_jax.Engine, load: Load) -> dict[str, Any]:
     for index in range(load.documents):
         made = needle_prompt(engine.model.tokenizer, load.tokens, str(100_000 + index), 0.5, load.seed + index)
         prompts.append((made.document.replace("\n\n", "\n"), made.query))
+    _ = engine.state  # the weights are there before and after
     before = device_arrays()
 
     async def everybody() -> None:

@@ -52,7 +52,7 @@ def serve(config: ServeConfig) -> int:
         server = uvicorn.Server(
             uvicorn.Config(
                 make_app(service, gate),
-                log_level="warning",
+                log_config=None,
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=max(1, round(config.grace)),

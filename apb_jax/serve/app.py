@@ -235,7 +235,7 @@ class Routes:
 
         document, known = await self.beside(word)
         running = self.prefills.get(document.id)
-        if now and (running is None or running.cancelled or running.events.qsize()):
+        if now and (running is None or running.done):
             ticket = Ticket(document, None, len(document.ids))
             loaded.worker.submit(ticket)
             self.prefills[document.id] = ticket

@@ -26,7 +26,7 @@ class Background:
         sock.listen(256)
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         config = uvicorn.Config(
-            make_app(self.service, gate or Gate()), log_level="error", lifespan="off", timeout_graceful_shutdown=1
+            make_app(self.service, gate or Gate()), log_config=None, lifespan="off", timeout_graceful_shutdown=1
         )
         self._server = uvicorn.Server(config)
         settled = threading.Event()

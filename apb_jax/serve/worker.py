@@ -47,7 +47,7 @@ class Ticket:
         self.document, self.units, self.prompt_tokens = document, units, prompt_tokens
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Event | Refusal] = asyncio.Queue()
-        self.cancelled = False
+        self.cancelled = self.done = False
         self.session: Session | None = None
         self.cached_tokens = 0
         self.work: Iterator[list[Event]] | None = None
@@ -57,9 +57,12 @@ class Ticket:
         self.cancelled = True
 
     def post(self, event: Event | Refusal) -> None:
-        """Hand an event to the loop; none is waiting any more where the loop is closed."""
-        if not self.loop.is_closed():
+        """Hand an event to the loop; where that is closed nobody waits any more."""
+        self.done = self.done or isinstance(event, Finished | Refusal)
+        try:
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:
+            self.cancel()
 
 
 @dataclass
@@ -155,8 +158,12 @@ class Worker:
                 self._inbox.extend(arrived)
                 return False
         for ticket in arrived:
-            if not ticket.cancelled:
+            if ticket.cancelled:
+                continue
+            try:
                 self._sort(ticket)
+            except Exception as error:  # noqa: BLE001 - told and logged by refusal_of; the server goes on
+                ticket.post(refusal_of(error, self.store))
         return True
 
     def _sort(self, ticket: Ticket) -> None:
@@ -249,7 +256,10 @@ class Worker:
     def _prefilled(self, key: str, prefill: Prefilling, session: Session) -> None:
         self.metrics.prefilled(len(prefill.document.ids))
         self.failures.pop(key, None)
-        self.store.put(key, session)
+        try:
+            self.store.put(key, session)
+        except Exception:  # a store that fails costs the next question a prefill, not this one its answer
+            log.exception("a session could not be stored")
         for ticket in self._end_prefill(key):
             self._hand(ticket, session)
 
