@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -221,12 +221,25 @@ class Engine:
 
     def prefill(self, prompts: list[Prompt]) -> Session:
         """Run the documents through all layers; the returned session answers from their KV cache."""
+        steps = self.prefill_steps(prompts)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as finished:
+                session: Session = finished.value
+                return session
+
+    def prefill_steps(self, prompts: list[Prompt]) -> Generator[tuple[int, int], None, Session]:
+        """The prefill cut between groups of layers: yields (layers done, of how many), returns the session.
+
+        Close the generator to cancel. Times count its own work alone, not what runs between two steps.
+        """
         if not prompts:
             raise UserError("an empty list of documents; give at least 1")
         self.check_method(len(prompts))
         self.check_lengths(prompts, [prompt.query for prompt in prompts])
         method, notes = self.choose(prompts)
-        programs, placement = self.programs, self.placement
+        programs, placement, layers = self.programs, self.placement, self.model.config.num_layers
         layout = method.layout(prompts, placement.shards)
         asked = np.asarray([len(p.query) for p in prompts], np.int32)
         lengths = programs.place(Lengths.of(layout, asked, placement))
@@ -234,13 +247,16 @@ class Engine:
         rows = PrefillRows(programs.place_rows(layout.positions, placement), lengths)
         tokens = programs.place_rows(layout.tokens, placement)
         weights = self.state  # read before the clock starts
-        compiled_before = programs.compile_s
-        started = time.perf_counter()
+        prefill_s = compile_s = 0.0
+        compiled_before, started = programs.compile_s, time.perf_counter()
         for done, state in run(programs, method, weights, tokens, rows, cache):
-            self.progress("prefill", done, self.model.config.num_layers)
             cache = state.cache
-        compile_s = programs.compile_s - compiled_before
-        prefill_s = time.perf_counter() - started - compile_s
+            compiled = programs.compile_s - compiled_before
+            compile_s += compiled
+            prefill_s += time.perf_counter() - started - compiled
+            self.progress("prefill", done, layers)
+            yield done, layers
+            compiled_before, started = programs.compile_s, time.perf_counter()
         return Session(self, method, layout, prompts, lengths, cache, prefill_s, compile_s, notes)
 
     def check_lengths(self, prompts: list[Prompt], queries: list[np.ndarray], new_tokens: int = 0) -> None:

@@ -1,0 +1,91 @@
+"""``python -m apb_jax.serve``: bind the port, answer /health at once, load the model, say so, serve until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from typing import Any
+
+from apb_jax.errors import UserError
+from apb_jax.run import fail
+from apb_jax.serve.options import ServeConfig, parse
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; the port is taken from here on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+        made.listen(256)
+    except OSError as error:
+        made.close()
+        raise UserError(
+            f"--host {host} --port {port}: {error.strerror or error}; nearest legal choice: --port 0, any free one"
+        ) from error
+    return made
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until SIGINT or SIGTERM; 0, or a UserError for what the model or the machine cannot do."""
+    keys = config.keys()
+    sock = bind(config.host, config.port)
+    with contextlib.closing(sock):
+        try:
+            import uvicorn
+
+            from apb_jax.serve.app import make_app
+        except ImportError as error:
+            raise UserError(f"the server needs {error.name}; pip install 'apb-jax[serve]'") from error
+        from apb_jax.serve.guard import LOOPBACK, Gate
+        from apb_jax.serve.service import Service
+        from apb_jax.serve.start import choose_devices, plan
+
+        choose_devices(config)
+        service = Service(plan(config))
+        local = config.host in LOOPBACK
+        gate = Gate(keys, config.max_body, LOOPBACK if local else None, config.cors_origin)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(service, gate),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=max(1, round(config.grace)),
+            )
+        )
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = f"http://{host}:{sock.getsockname()[1]}"
+
+        def leave() -> None:
+            server.should_exit = True
+
+        # uvicorn raises a signal again once it has shut down; by then it is answered.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        service.start(lambda: print(f"ready: {address}", flush=True), leave)
+        asyncio.run(server.serve(sockets=[sock]))
+        service.stop()
+        if service.failure is not None:
+            raise service.failure
+        return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 after a signal, or 2 with one line on standard error for wrong input."""
+    handlers: dict[Any, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return serve(parse(argv))
+    except UserError as error:
+        return fail(str(error))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The command line of the server: how the model runs as in ``apb_jax.run``, and how it is served."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apb_jax.errors import UserError
+from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _number, _Parser, _setting
+from apb_jax.prompt.style import parse_separator, parse_template_arg
+
+DEFAULT = "default"
+"""The method of who names none: an exact one."""
+_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes: "4096", "64M", "50G"."""
+    match = re.fullmatch(r"(\d+)([kmgt]?)b?", text.strip().lower())
+    if not match or int(match[1]) == 0:
+        raise UserError(f"size {text!r} is not a number of bytes; write for example 64M or 50G")
+    return int(match[1]) * _SIZES[match[2]]
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """One server; see ``--help`` for the meaning of the fields."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Model, mesh, method and kernels; what concerns one document or one answer stays at its defaults."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: str | None = None
+    max_body: int = 64 << 20
+    queue: int = 64
+    answers: int = 8
+    device_bytes: int | None = None
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    cors_origin: tuple[str, ...] = ()
+    grace: float = 30.0
+
+    def __post_init__(self) -> None:
+        for origin in self.cors_origin:
+            if not re.fullmatch(r"https?://[^/\s*]+", origin):
+                raise UserError(f"--cors-origin {origin!r} is not an origin; write for example https://example.org")
+
+    def keys(self) -> tuple[bytes, ...]:
+        """API keys, one a line of the file."""
+        if self.api_key_file is None:
+            return ()
+        try:
+            lines = Path(self.api_key_file).read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"--api-key-file {self.api_key_file} cannot be read: {error.strerror}") from error
+        keys = tuple(line.strip() for line in lines if line.strip())
+        if not keys:
+            raise UserError(f"--api-key-file {self.api_key_file} is empty; it needs a key, one a line")
+        return keys
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m apb_jax.serve``."""
+    parser = _Parser(
+        prog="python -m apb_jax.serve",
+        description="Serve a model over HTTP: documents are prefilled once and asked often. OpenAI's API under /v1, "
+        "a page to ask in at /.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="tiny", metavar="NAME", help="preset, HF folder or HF id (default: tiny)")
+    group.add_argument("--weights", metavar="PATH|random", help="folder with other weights, or random ones")
+    group.add_argument("--heads", metavar="FILE", help="retaining heads (safetensors); default: beside the weights")
+    group.add_argument("--template", metavar="NAME", help="chat template: model, none or a published one, as in run")
+    group.add_argument("--system", metavar="TEXT", help="a system message in the model's own chat template")
+    group.add_argument(
+        "--template-arg", action="append", dest="template_args", type=parse_template_arg, default=[],
+        metavar="NAME=VALUE", help="a variable of the model's own chat template; may be repeated",
+    )  # fmt: skip
+    group.add_argument(
+        "--separator", type=parse_separator, metavar="TEXT", help=r"between document and question (default: \n\n)"
+    )
+    group.add_argument("--dtype", choices=("bf16", "float32"), help="default: bf16 on GPUs, float32 on CPUs")
+
+    group = parser.add_argument_group("mesh and method")
+    group.add_argument(
+        "--sp", type=_number(int, "--sp", 1, 1024), metavar="N",
+        help="devices on the sequence axis (default: all GPUs; without a GPU one CPU device)",
+    )  # fmt: skip
+    group.add_argument("--tp", type=_number(int, "--tp", 1, 64), default=1, metavar="M", help="on the tensor axis")
+    group.add_argument(
+        "--shards", type=_number(int, "--shards", 1, 1024), metavar="N", help="parts of a document (default: --sp)"
+    )
+    group.add_argument("--placement", choices=PLACEMENTS, default="contiguous", help="shards of a device")
+    group.add_argument("--slice-decode", action="store_true", help="decode with 1/sp of the weights on each device")
+    group.add_argument(
+        "--method", metavar="NAME", help="default: full on one shard, ring on several; the question is not known "
+        "while a document is prefilled, so apb needs --set embed_query=false and retaining heads",
+    )  # fmt: skip
+    group.add_argument("--set", action="append", type=_setting, default=[], metavar="FIELD=VALUE")
+    group.add_argument("--kernels", choices=KERNELS, default="auto")
+
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    group.add_argument(
+        "--port", type=_number(int, "--port", 0, 65535), default=8000, help="0: a free one (default: 8000)"
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="keys that clients must send, one a line")
+    group.add_argument("--max-body", type=parse_bytes, default=64 << 20, metavar="SIZE", help="default: 64M")
+    group.add_argument("--queue", type=_number(int, "--queue", 1, 100_000), default=64, help="requests that may wait")
+    group.add_argument("--answers", type=_number(int, "--answers", 1, 1024), default=8, help="decoded in turn")
+    group.add_argument(
+        "--device-bytes", type=parse_bytes, metavar="SIZE",
+        help="sessions kept on the devices (default: 40%% of the memory that is free behind the weights; 2G on CPUs)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-new-tokens", type=_number(int, "--max-new-tokens", 1), default=512, metavar="N",
+        help="where a request says nothing (default: 512)",
+    )  # fmt: skip
+    group.add_argument(
+        "--temperature", type=_number(float, "--temperature", 0, 2), default=0.0,
+        help="where a request says nothing (default: 0, greedy)",
+    )  # fmt: skip
+    group.add_argument("--cors-origin", action="append", default=[], metavar="URL", help="a page that may ask too")
+    group.add_argument(
+        "--grace", type=_number(float, "--grace", 0, 86400), default=30.0, metavar="S",
+        help="seconds that running answers get after Ctrl-C or SIGTERM (default: 30)",
+    )  # fmt: skip
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> ServeConfig:
+    """A ServeConfig from a command line; UserError for what is wrong with it."""
+    given: dict[str, Any] = vars(make_parser().parse_args(argv))
+    names = "model weights heads template system separator dtype sp tp shards placement slice_decode kernels".split()
+    run = RunConfig(
+        method=given.pop("method") or DEFAULT, options=tuple(given.pop("set")),
+        template_args=tuple(given.pop("template_args")),
+        **{name: given.pop(name) for name in names},
+    )  # fmt: skip
+    return ServeConfig(run=run, **(given | {"cors_origin": tuple(given["cors_origin"])}))
