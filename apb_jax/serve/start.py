@@ -41,7 +41,7 @@ def make_engine(config: ServeConfig) -> Engine:
     from apb_jax.attention.inputs import Kernels
     from apb_jax.compile_cache import use_compile_cache
     from apb_jax.mesh import SP, make_mesh
-    from apb_jax.run import load_model, shards_for
+    from apb_jax.run import load_model
 
     run = config.run
     use_compile_cache()
@@ -56,7 +56,7 @@ def make_engine(config: ServeConfig) -> Engine:
         mesh,
         kernels=Kernels(None if run.kernels == "auto" else run.kernels),
         prompt_style=run.prompt_style,
-        shards=shards_for(run, method, mesh.shape[SP]),
+        shards=method.shards_on(mesh.shape[SP], run.shards),
         placement=run.placement,
         slice_decode=run.slice_decode,
     )
