@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +30,7 @@ from apb_jax.prompt.ids import Text, make_prompt
 from apb_jax.prompt.style import NONE, PromptStyle
 from apb_jax.session import Session, is_batch
 from apb_jax.weights.checkpoint import LoadedModel
+from apb_jax.weights.fingerprint import fingerprint
 
 
 class Progress(Protocol):
@@ -57,6 +60,8 @@ class Settings:
     """Query and decoding steps read 1 / sp of the weights on each device (``model/slices.py``)."""
     bottom_right_query: bool = False
     """The originals' causal quirk of the query phase (thunlp/APB's code, not its paper)."""
+    answers_only: bool = False
+    """Never prefill, only answer from loaded sessions: also on meshes on which the method could not prefill."""
 
 
 class Weights:
@@ -71,6 +76,12 @@ class Weights:
         if self.state is None:
             self.state = self.model.place(self.mesh, progress)
         return self.state
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Their fingerprint by content; they must have been placed."""
+        assert self.state is not None
+        return fingerprint({".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(self.state)})
 
 
 class Engine:
@@ -100,7 +111,8 @@ class Engine:
         self.codec = make_codec(model.tokenizer, model.name, self.settings.prompt_style) if model.tokenizer else None
         self.template = self.codec.frame.name if self.codec else NONE
         check_mesh(model, self.mesh)
-        self.check_method(batch=1)
+        if not self.settings.answers_only:
+            self.check_method(batch=1)
         sizes = self.mesh.shape
         slices = WeightSlices.over(model.config, SP, sizes[SP], sizes[TP]) if self.settings.slice_decode else None
         shared = beside is not None and beside.mesh == self.mesh
@@ -153,6 +165,12 @@ class Engine:
     def state(self) -> nnx.State:
         """The weights on the mesh; read when first asked for, after every request could be refused."""
         return self._home.placed(lambda done, total: self.progress("load weights", done, total))
+
+    @property
+    def fingerprint(self) -> str:
+        """A fingerprint of the weights by content (``weights/fingerprint.py``); taken once."""
+        self.state  # noqa: B018 - places them
+        return self._home.fingerprint
 
     @property
     def placement(self) -> Placement:
@@ -236,6 +254,8 @@ class Engine:
         """
         if not prompts:
             raise UserError("an empty list of documents; give at least 1")
+        if self.settings.answers_only:
+            raise UserError("this engine was made with answers_only, for loaded sessions; make another one to prefill")
         self.check_method(len(prompts))
         self.check_lengths(prompts, [prompt.query for prompt in prompts])
         method, notes = self.choose(prompts)
@@ -258,6 +278,12 @@ class Engine:
             yield done, layers
             compiled_before, started = programs.compile_s, time.perf_counter()
         return Session(self, method, layout, prompts, lengths, cache, prefill_s, compile_s, notes)
+
+    def load_session(self, folder: str | Path, documents: Sequence[np.ndarray] | None = None) -> Session:
+        """A session that ``Session.save`` wrote; see ``session_store.reader.load``."""
+        from apb_jax.session_store.reader import load
+
+        return load(self, folder, documents)
 
     def check_lengths(self, prompts: list[Prompt], queries: list[np.ndarray], new_tokens: int = 0) -> None:
         """Refuse what the model's positions or vocabulary cannot hold, the answer included."""

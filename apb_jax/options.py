@@ -116,15 +116,18 @@ class RunConfig:
     string_local: int = 128
     json: bool = False
     save: str | None = None
+    save_session: str | None = None
+    session: str | None = None
     profile: str | None = None
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
 
     def __post_init__(self) -> None:
-        if self.document is not None and self.query is None:
+        self._check_session()
+        if self.document is not None and self.query is None and self.save_session is None:
             raise UserError(f"--document {self.document} comes without a question; add --query TEXT")
-        if self.query is not None and self.document is None:
+        if self.query is not None and self.document is None and self.session is None:
             raise UserError("--query asks about a document; add --document FILE (or - for standard input)")
         if self.query is not None and not self.query.strip():
             raise UserError("--query is empty; it needs at least one word")
@@ -154,6 +157,24 @@ class RunConfig:
             raise UserError("--no-mass leaves a measurement of --compare out; add --compare METHOD, or drop it")
         if self.method == "auto" and self.method_options:
             raise UserError(f"--method auto decides itself; drop {sorted(self.method_options)} or name a method")
+
+    def _check_session(self) -> None:
+        """What goes together with a session that is saved or loaded."""
+        given = "--session" if self.session is not None else "--save-session" if self.save_session is not None else None
+        if given is None:
+            return
+        if self.session is not None and self.save_session is not None:
+            raise UserError("--session loads and --save-session saves; give one of the two")
+        if self.session is not None and self.query is None:
+            raise UserError(f"--session {self.session} comes without a question; add --query TEXT")
+        if self.save_session is not None and self.document is None:
+            raise UserError(f"--save-session {self.save_session} comes without a document; add --document FILE")
+        for flag, value in (("--compare", self.compare), ("--needle", self.needle), ("--save", self.save)):
+            if value:
+                raise UserError(f"{flag} cannot be combined with {given}; drop one of the two")
+        if self.method == "auto" or (self.session is not None and self.seq is not None):
+            flag = "--method auto" if self.method == "auto" else "--seq"
+            raise UserError(f"{flag} cannot be combined with {given}; drop it or name a method")
 
     @property
     def prompt_style(self) -> PromptStyle:
@@ -357,7 +378,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--query-at", type=_number(int, "--query-at", 0), metavar="INDEX", help="APB: query in the anchor"
     )
-    group.add_argument("--scorer", choices=("heads", "query"), help="APB: retaining heads, or training-free")
+    group.add_argument(
+        "--scorer",
+        choices=("heads", "query", "expected", "reconstruct"),
+        help="APB: retaining heads, or training-free; all but query can prefill without the question (--set "
+        "embed_query=false)",
+    )
     group.add_argument(
         "--bottom-right-query",
         action="store_true",
@@ -396,6 +422,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--top-p", type=_number(float, "--top-p", 0.0001, 1), default=1.0, help="nucleus sampling")
     group.add_argument("--json", action="store_true", help="a JSON object as the last line of standard output")
     group.add_argument("--save", metavar="DIR", help="write run.json, and run.md for people, there")
+    group.add_argument(
+        "--save-session",
+        metavar="DIR",
+        help="keep the prefilled --document in a new folder; without a --query nothing is asked, and apb prefills "
+        "without the question",
+    )
+    group.add_argument(
+        "--session", metavar="DIR", help="ask --query of a document kept by --save-session, on any number of shards"
+    )
     group.add_argument("--profile", metavar="DIR", help="write a jax.profiler trace of the run there")
     return parser
 

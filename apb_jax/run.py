@@ -84,6 +84,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.measure.compare import Asking, beside, run_one, timed
     from apb_jax.measure.plan import check_memory
     from apb_jax.mesh import SP, make_mesh
+    from apb_jax.run_session import method_options, run_session
     from apb_jax.sampling import Sampler
     from apb_jax.task import make_task, new_tokens
 
@@ -95,7 +96,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     if name == "auto":
         name, sp, reason = decide_method(config, model, text)
         console.print(f"note: --method auto: {reason}", style="yellow", highlight=False)
-    mesh, method = make_mesh(sp, config.tp), MethodSpec(name, config.method_options)
+    mesh, method = make_mesh(sp, config.tp), MethodSpec(name, method_options(config))
     size = f"{model.config.parameters / 1e6:,.1f}M parameters, {model.dtype.name}, kernels {config.kernels}"
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
     settings = Settings(
@@ -105,9 +106,12 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         placement=config.placement,
         slice_decode=config.slice_decode,
         bottom_right_query=config.bottom_right_query,
+        answers_only=config.session is not None,
     )
     with screen.StageBar(console) as bar:
         engine = Engine(model, method, mesh, settings=settings, progress=bar)
+        if config.session is not None or config.save_session is not None:
+            return run_session(config, text, engine, console)
         task = make_task(config, text, engine)
     described = f"{size}, {device}, template {engine.template}"
     console.print(f"[bold]apb_jax[/] {config.model}: {described}", highlight=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from apb_jax.sampling import Sampler
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
+    from apb_jax.session_store.manifest import Manifest
 
 
 def is_batch(value: Text | Sequence[Text]) -> bool:
@@ -86,6 +88,12 @@ class Session:
             raise UserError(f"{len(self.prompts)} documents and {len(given)} queries; give one query, or one each")
         made = [self.engine.prompt(p.document, q) for p, q in zip(self.prompts, given, strict=True)]  # type: ignore[arg-type]
         return [prompt.query for prompt in made]
+
+    def save(self, folder: str | Path) -> Manifest:
+        """Write the session to a new folder, from which ``Engine.load_session`` reads it on any number of shards."""
+        from apb_jax.session_store.writer import save
+
+        return save(self, folder)
 
     def logits(self, continuation: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:
         """Logits float32 [query + continuation tokens, V] of each request with a given answer (teacher forcing)."""

@@ -18,10 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.attend import Keys, Queries, attend, project
 from apb_jax.attention.budgets import apb_budget
+from apb_jax.attention.expected_scores import FUTURE, expected_scores
 from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, block_layout, bucket, surely
 from apb_jax.attention.method import ONE_SHARD, AttentionMethod, Capabilities, Setup
 from apb_jax.attention.query_scores import WINDOW, query_scores
+from apb_jax.attention.reconstruct_scores import CHUNK, reconstruct_scores
 from apb_jax.attention.shared_anchor import anchor_edge, gather_with_anchor, share_anchor
 from apb_jax.errors import UserError
 from apb_jax.rope.base import rope_table
@@ -29,7 +31,15 @@ from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.retaining_score import RowLimits, pool_and_mask, retaining_score
 from pallas_kernels.select import select_topk
 
-SCORERS = ("heads", "query")
+AGNOSTIC = ("expected", "reconstruct")
+"""Training-free scorers that know no question."""
+SCORERS = ("heads", "query", *AGNOSTIC)
+
+TRAINING_FREE = {
+    "query": "the query's own attention",
+    "expected": "Expected Attention",
+    "reconstruct": "what a repetition of the text looks at",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,9 @@ class APB(AttentionMethod):
     """APB with an anchor of ``anchor_tokens`` (query included) and ``passing_tokens`` per shard and KV head.
 
     ``query_at``: index in the anchor where the query is embedded; None: behind the chat template's opening, which the
-    engine knows (0 without one). ``scorer``: "heads" (trained retaining heads) or "query" (training-free).
+    engine knows (0 without one). ``scorer``: "heads" (trained retaining heads), or without training "query",
+    "expected" (``expected_scores.py``) or "reconstruct" (``reconstruct_scores.py``). ``embed_query=False``: the prefill
+    does not know the question, so that one serves many; every scorer but "query" can do that.
     ``passing_tokens=0`` passes nothing (anchor only).
     ``shared_anchor``: an exact rewrite of ours, which a method given by name uses. The anchor sees only itself, so each
     shard computes 1 / N of its rows, and keys and values travel with the selected ones, instead of every shard
@@ -92,7 +104,8 @@ class APB(AttentionMethod):
         # From lengths that programs are compiled for, so that documents of about one length share a program.
         block = surely(-(-setup.shortest // setup.shards))
         row = apb_budget(bucket(block) * setup.shards, setup.model)
-        embedded = max(len(p.embedded_query) for p in setup.prompts)
+        embed = options.get("embed_query", True)
+        embedded = max(len(p.embedded_query) for p in setup.prompts) if embed else 0
         query_at = options.get("query_at", setup.query_at)
         # Room for the query and as much of the document; never more than leaves shard 0 something to pass.
         room = max(min(row.anchor_tokens, block // 2), min(bucket(query_at + 2 * embedded), 3 * block // 4))
@@ -101,7 +114,7 @@ class APB(AttentionMethod):
             "anchor_tokens": anchor,
             "passing_tokens": max(0, min(row.passing_tokens, block - anchor)),
             "query_at": query_at,
-            "scorer": "heads" if setup.has_heads else "query",
+            "scorer": cls.scorer_without(setup, embed),
             "shared_anchor": True,
         }
         return cls(**{**decided, **options})
@@ -109,10 +122,21 @@ class APB(AttentionMethod):
     def completed(self, setup: Setup) -> tuple[Self, tuple[str, ...]]:
         """``query_at`` as the chat template has it; the training-free scorer where the model has no heads."""
         whole = self if self.query_at is not None else replace(self, query_at=setup.query_at)
-        if setup.has_heads or not self.passing_tokens:
-            return whole, ()
-        note = "no retaining heads: keys are scored by the query's own attention (training-free)"
-        return replace(whole, scorer="query"), (note,) if setup.shards > 1 else ()
+        if self.scorer == "heads":
+            whole = replace(whole, scorer=self.scorer_without(setup, self.embed_query))
+        notes = []
+        if not self.embed_query:
+            notes.append("prefilled without the question")
+        if self.passing_tokens and not setup.has_heads:
+            notes.append(f"no retaining heads: keys are scored by {TRAINING_FREE[whole.scorer]} (training-free)")
+        return whole, tuple(notes) if setup.shards > 1 else ()
+
+    @staticmethod
+    def scorer_without(setup: Setup, embed_query: bool) -> str:
+        """The retaining heads where there are some, else the training-free scorer that fits."""
+        if setup.has_heads:
+            return "heads"
+        return "query" if embed_query else AGNOSTIC[0]
 
     def why_not(self, prompts: Sequence[Prompt], shards: int) -> str | None:
         if shards == 1:
@@ -198,6 +222,28 @@ class APB(AttentionMethod):
             limits = self.score_limits(shard, lead)
             pooled = retaining_score(None, None, x.retaining.fc2, limits=limits, pool=self.pool, hidden=hidden)
             return pooled[:, lead:] if self.shared_anchor else pooled
+        if self.scorer in AGNOSTIC:
+            raw = self.agnostic_scores(x, k[:, anchor:], shard)
+        else:
+            raw = self.query_scores(x, k[:, anchor:], shard)
+        lead = 0 if self.shared_anchor else anchor
+        raw = jnp.pad(raw, ((0, 0), (lead, 0), (0, 0)))  # the anchor's own rows score 0, which no block row is below
+        return pool_and_mask(raw, self.score_limits(shard, lead), self.pool)
+
+    def agnostic_scores(self, x: LayerInputs, k: Float[Array, "B C K D"], shard: Shard) -> Float[Array, "B C K"]:
+        """Scores of the block's keys by its own queries, as if they stood behind the document."""
+        anchor = self.anchor_rows(shard)
+        q, v = x.q[:, anchor:], x.v[:, anchor:]
+        reach = FUTURE if self.scorer == "expected" else min(CHUNK, q.shape[1])
+        places = shard.document_tokens[:, None] + jnp.arange(reach, dtype=jnp.int32)[None]
+        cos, sin = rope_table(x.rope, q.shape[-1], places)
+        if self.scorer == "expected":
+            return expected_scores(q, k, v, cos=cos, sin=sin, block_rows=shard.block_rows)
+        return reconstruct_scores(q, k, cos=cos, sin=sin, block_rows=shard.block_rows)
+
+    def query_scores(self, x: LayerInputs, k: Float[Array, "B C K D"], shard: Shard) -> Float[Array, "B C K"]:
+        """Scores of the block's keys by the query in the anchor."""
+        anchor = self.anchor_rows(shard)
         asked = x.q[:, :anchor]
         if self.shared_anchor:
             asked = shard.placement.all_gather(asked, axis=1, tiled=True)[:, : self.anchor_tokens]
@@ -205,18 +251,15 @@ class APB(AttentionMethod):
         behind = shard.document_tokens + shard.embedded_query_tokens
         places = behind[:, None] - window + jnp.arange(window, dtype=jnp.int32)[None]
         cos, sin = rope_table(x.rope, x.q.shape[-1], places)
-        raw = query_scores(
+        return query_scores(
             asked,
-            k[:, anchor:],
+            k,
             query_at=self.place,
             query_tokens=shard.embedded_query_tokens,
             cos=cos,
             sin=sin,
             block_rows=shard.block_rows,
         )
-        lead = 0 if self.shared_anchor else anchor
-        raw = jnp.pad(raw, ((0, 0), (lead, 0), (0, 0)))  # the anchor's own rows score 0, which no block row is below
-        return pool_and_mask(raw, self.score_limits(shard, lead), self.pool)
 
     def exchange(
         self, scores: Float[Array, "B S K"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], shard: Shard

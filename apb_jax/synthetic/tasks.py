@@ -149,7 +149,8 @@ def _opening(world: World) -> Line:
     )
 
 
-def _needles(world: World, tokens: int, keys: int, name: str) -> Sample:
+def needles(world: World, tokens: int, keys: int, name: str) -> Sample:
+    """A number for each of ``keys`` keys, and a question for each."""
     form = _form(world)
     pairs = list(zip(world.vocabulary.keys(world.rng, keys), world.numbers(keys), strict=True))
     lines = [_statement(key, value, form) for key, value in pairs]
@@ -168,12 +169,12 @@ def _key_count(world: World, tokens: int, fixed: int) -> int:
 
 def single(world: World, tokens: int) -> Sample:
     """One needle."""
-    return _needles(world, tokens, 1, "single")
+    return needles(world, tokens, 1, "single")
 
 
 def multikey(world: World, tokens: int) -> Sample:
     """Four keys, one asked."""
-    return _needles(world, tokens, _key_count(world, tokens, 4), "multikey")
+    return needles(world, tokens, _key_count(world, tokens, 4), "multikey")
 
 
 def passkey(world: World, tokens: int) -> Sample:

@@ -131,6 +131,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def unfinished(folder: Path) -> bool:
+    """Whether a ``.partial`` folder was left behind: no process is writing it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
 def _remove(folder: Path) -> None:
     """Remove a folder into which TensorStore's threads may still write, making it anew: until it stays away a second.
 
