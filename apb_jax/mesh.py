@@ -34,6 +34,11 @@ def simulate_devices(count: int) -> None:
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 
 
+def sequence_devices(available: int, shards: int | None) -> int:
+    """Devices on the sequence axis where none are asked for: all, or as many as hold equal numbers of ``shards``."""
+    return available if shards is None else max(n for n in range(1, available + 1) if shards % n == 0)
+
+
 def has_accelerator() -> bool:
     """Whether JAX could use a GPU here, found without initialising JAX (initialising fixes the device count)."""
     platforms = os.environ.get("JAX_PLATFORMS", "")

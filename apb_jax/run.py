@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def choose_devices(config: RunConfig, console: Console) -> None:
     """Simulated devices where there is no accelerator; the process group where there are several processes."""
-    from apb_jax.mesh import Joining, has_accelerator, reserve_memory, simulate_devices
+    from apb_jax.mesh import Joining, has_accelerator, reserve_memory, sequence_devices, simulate_devices
 
     joining = Joining(config.coordinator, config.processes, config.process)
     simulated = 0
@@ -36,7 +36,7 @@ def choose_devices(config: RunConfig, console: Console) -> None:
     else:
         # The packaged model shows eight shards on as many devices; any other answers faster on one (its shards stay).
         usual = DEFAULT_SIMULATED if config.model == "tiny" else 1
-        simulated = max(1, sequence_devices(config, usual) * config.tp // joining.count)
+        simulated = max(1, (config.sp or sequence_devices(usual, config.shards)) * config.tp // joining.count)
         simulate_devices(simulated)
     joining.start()
     if joining.count > 1:
@@ -46,11 +46,6 @@ def choose_devices(config: RunConfig, console: Console) -> None:
     if simulated:
         devices = "1 CPU device" if simulated == 1 else f"{simulated} simulated CPU devices"
         console.print(f"no GPU here: {devices} on this machine's cores", style="dim")
-
-
-def sequence_devices(config: RunConfig, default: int) -> int:
-    """Devices on the sequence axis where the machine itself does not decide."""
-    return config.sp or default
 
 
 def load_model(config: RunConfig) -> LoadedModel:
@@ -83,7 +78,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.measure.beside import Beside
     from apb_jax.measure.compare import Asking, beside, run_one, timed
     from apb_jax.measure.plan import check_memory
-    from apb_jax.mesh import SP, make_mesh
+    from apb_jax.mesh import SP, make_mesh, sequence_devices
     from apb_jax.run_session import method_options, run_session
     from apb_jax.sampling import Sampler
     from apb_jax.task import make_task, new_tokens
@@ -96,6 +91,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     if name == "auto":
         name, sp, reason = decide_method(config, model, text)
         console.print(f"note: --method auto: {reason}", style="yellow", highlight=False)
+    sp = sp or sequence_devices(max(1, len(jax.devices()) // config.tp), config.shards)
     mesh, method = make_mesh(sp, config.tp), MethodSpec(name, method_options(config))
     size = f"{model.config.parameters / 1e6:,.1f}M parameters, {model.dtype.name}, kernels {config.kernels}"
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"

@@ -152,12 +152,14 @@ def _facts(method: Any, notes: Sequence[str]) -> dict[str, Any]:
 
 def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     """Load the model once; the returned function puts it under a method."""
-    from apb_jax.mesh import SP, has_accelerator, make_mesh, reserve_memory, simulate_devices
+    from apb_jax.mesh import SP, has_accelerator, make_mesh, reserve_memory, sequence_devices, simulate_devices
 
     if has_accelerator():
         reserve_memory()
     else:
-        simulate_devices((spec.sp or SIMULATED) * spec.tp)
+        simulate_devices((spec.sp or sequence_devices(SIMULATED, spec.shards)) * spec.tp)
+    import jax
+
     from apb_jax.attention.registry import MethodSpec
     from apb_jax.compile_cache import use_compile_cache
     from apb_jax.engine import Engine
@@ -170,7 +172,8 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     if spec.options.get(AUTO):
         raise UserError(f"method {AUTO} decides itself; drop --set {sorted(spec.options[AUTO])} or name a method")
     methods = {name: MethodSpec(name, spec.options.get(name, {})) for name in spec.methods if name != AUTO}
-    mesh = make_mesh(spec.sp, spec.tp)
+    sp = spec.sp or sequence_devices(max(1, len(jax.devices()) // spec.tp), spec.shards)
+    mesh = make_mesh(sp, spec.tp)
     model = load(spec.model, weights=spec.weights, heads=spec.heads, dtype=spec.dtype)
     if model.tokenizer is None:
         raise UserError(f"model {spec.model!r} has no tokenizer; benchmarks need one")
