@@ -19,6 +19,7 @@ from apb_jax.errors import UserError
 from apb_jax.model.config import LayerSpec
 from apb_jax.model.layers import rms_norm
 from apb_jax.rope.default import DefaultRope, NoRope
+from apb_jax.weights import tied
 from apb_jax.weights.checkpoint import load
 
 ROWS = 7
@@ -91,7 +92,11 @@ def test_heads_read_q_and_k_behind_their_norm(tmp_path: Path) -> None:
         load(tmp_path / "m", fold_heads=True)
 
 
-def test_a_tied_model_may_store_an_equal_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block_bytes", [tied.BLOCK_BYTES, 100])  # at once, and a few rows at a time
+def test_a_tied_model_may_store_an_equal_head(
+    block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tied, "BLOCK_BYTES", block_bytes)
     folder = write_checkpoint(tmp_path / "m", tiny_config(tie_embeddings=True))
     file = folder / "model.safetensors"
     tensors = load_file(file)
