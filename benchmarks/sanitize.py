@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_attention import Blocks, KeyTiles, block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
-from pallas_kernels.select import select_topk
 from pallas_kernels.skinny_matmul import skinny_matmul
 
 
@@ -28,11 +27,6 @@ def flash(implementation):
 def decode(implementation):
     q, k, v = normal(0, 1, 1, 8, 64), normal(1, 3, 1, 600, 2, 64), normal(2, 3, 1, 600, 2, 64)
     return decode_attention(q, k, v, 577, layer=1, implementation=implementation)
-
-
-def select(implementation):
-    scores = jax.random.normal(jax.random.key(0), (1, 300, 2))
-    return select_topk(scores, normal(1, 1, 300, 2, 64), normal(2, 1, 300, 2, 64), 100, implementation=implementation)
 
 
 def skinny(implementation):
@@ -53,7 +47,6 @@ KERNELS = {
     "decode_mosaic": (decode, "mosaic_gpu"),
     "skinny_mosaic": (skinny, "mosaic_gpu"),
     "flash_triton": (flash, "triton"),
-    "select_triton": (select, "triton"),
     "sparse_triton": (sparse, "triton"),
 }
 

@@ -1,6 +1,6 @@
 """The kernels in the Triton language on one GPU: `python -m benchmarks.triton_parity [--old DIR]`.
 
-For each case: errors against float32 (selection: equality), median device time of 24 calls (twice), useful rate, the
+For each case: errors against float32, median device time of 24 calls (twice), useful rate, the
 percentage of a ceiling measured in the same run, and the seconds from the call to the compiled program. Beside it XLA
 and, with ``--old DIR``, the Triton kernels of the pallas_kernels package in that folder, in a process of its own.
 """
@@ -91,25 +91,6 @@ def flash_bench(case: str, anchor: int, passed: int, slots: int, block: int) -> 
     return Bench("flash_attention", case, run, arrays, errors, work, "TFLOP/s", ("triton", "cudnn"))
 
 
-def select_bench(rows: int, count: int) -> Bench:
-    from pallas_kernels.select import select_topk
-
-    scores = jax.random.normal(jax.random.key(0), (1, rows, KV_HEADS), jnp.float32)
-    scores = jnp.where(jnp.arange(rows)[:, None] % 7 == 0, jnp.round(scores), scores)  # some equal ones
-    k, v = normal(1, 1, rows, KV_HEADS, DIM), normal(2, 1, rows, KV_HEADS, DIM)
-    index = np.argsort(-np.asarray(scores), axis=1, kind="stable")[:, :count]
-    want = index, *(np.take_along_axis(np.asarray(a), index[..., None], axis=1) for a in (k, v))
-
-    def run(name, scores, k, v):
-        return select_topk(scores, k, v, count, implementation=name)
-
-    def errors(outputs):
-        return {"differing": float(sum((np.asarray(a) != b).sum() for a, b in zip(outputs, want, strict=True)))}
-
-    case, work = f"{KV_HEADS} x {rows} -> {count}", 8e-9 * count * KV_HEADS * DIM
-    return Bench("select_topk", case, run, (scores, k, v), errors, work, "GB/s", ("triton", "xla"))
-
-
 def sparse_bench(case: str, block: int, windows: int, columns: int) -> Bench:
     from benchmarks.kernels import sparse_tiles
     from pallas_kernels.block_sparse_attention import Blocks, block_sparse_attention
@@ -139,13 +120,6 @@ BENCHES = {
     "flash_attention": [
         lambda: flash_bench("causal 16K", 0, 0, 0, 16384),
         lambda: flash_bench("APB shard 7 of 8", 4096, 7 * 2048, 7 * 2048, 16384),
-    ],
-    "select_topk": [
-        lambda: select_bench(16384, 2048),
-        lambda: select_bench(20480, 2048),
-        lambda: select_bench(32768, 4096),
-        lambda: select_bench(16384, 512),
-        lambda: select_bench(4096, 512),
     ],
     "block_sparse": [
         lambda: sparse_bench("a quarter of 128 x 128", 128, 63, 0),

@@ -4,13 +4,11 @@ import jax
 
 from pallas_kernels.compat import vary_together
 from pallas_kernels.dispatch import Implementation, accepts_all, choose
-from pallas_kernels.select import triton as triton_backend
 from pallas_kernels.select.call import SelectCall
 from pallas_kernels.select.reference import reference
 from pallas_kernels.select.xla import xla
 
 IMPLEMENTATIONS = (
-    Implementation("triton", triton_backend.triton, triton_backend.refuse),
     Implementation("xla", xla, accepts_all),
     Implementation("reference", reference, accepts_all, automatic=False),
 )

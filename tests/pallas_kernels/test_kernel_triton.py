@@ -16,8 +16,6 @@ from pallas_kernels.block_sparse_attention.call import make_call as block_sparse
 from pallas_kernels.flash_attention import RowSegment
 from pallas_kernels.flash_attention import triton as flash_triton
 from pallas_kernels.flash_attention.call import make_call
-from pallas_kernels.select import triton as select_triton
-from pallas_kernels.select.call import SelectCall
 
 pytest.importorskip("triton", reason="the Triton kernels run in Triton's interpreter, and triton is not installed")
 pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a GPU the kernels run on it")
@@ -45,26 +43,6 @@ def test_flash_attention(case):
         return flash_triton.forward(make_call(q, k, v, case.row_segments(True), None))
 
     check(case, jnp.float16, attend)
-
-
-def select_inputs(rng, batch, rows, heads, ties):
-    scores = rng.standard_normal((batch, rows, heads)).astype(np.float32)
-    scores = np.round(scores * 2) / 2 if ties else scores
-    scores[0, : rows // 4] = np.finfo(np.float32).min
-    scores[1, rows // 2 :] = -np.inf
-    return scores, *(jnp.asarray(rng.standard_normal((batch, rows, heads, 4)), jnp.float16) for _ in range(2))
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(("rows", "count"), [(300, 140), (37, 37), (64, 1)])
-def test_select(rows, count, ties):
-    scores, k, v = select_inputs(np.random.default_rng(0), 2, rows, 2, ties)
-    got = select_triton.triton(SelectCall(jnp.asarray(scores), k, v, count))
-    index = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-    np.testing.assert_array_equal(got[0], index)
-    for chosen, source in zip(got[1:], (k, v), strict=True):
-        np.testing.assert_array_equal(chosen, np.take_along_axis(np.asarray(source), index[..., None], axis=1))
 
 
 @pytest.mark.kernel
@@ -109,23 +87,6 @@ def test_mapped_calls_are_one_launch():
     grad = jax.grad(lambda q: mapped(q, *arrays[1:])[0].astype(jnp.float32).sum())(q)
     assert jnp.isfinite(grad.astype(jnp.float32)).all()
     assert grad.any()
-
-
-def test_select_in_shard_map_and_its_gradient():
-    scores, k, v = select_inputs(np.random.default_rng(0), 2, 40, 2, False)
-    mesh = jax.make_mesh((2,), ("sp",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec("sp")
-
-    def run(scores, k, v):
-        return select_triton.triton(SelectCall(scores, k, v, 7))
-
-    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    index = np.argsort(-scores, axis=1, kind="stable")[:, :7]
-    np.testing.assert_array_equal(sharded(scores, k, v)[0], index)
-    grad = jax.grad(lambda k: run(jnp.asarray(scores), k, v)[1].astype(jnp.float32).sum())(k)
-    chosen = np.zeros(scores.shape)
-    np.put_along_axis(chosen, index, 1, axis=1)
-    np.testing.assert_array_equal(grad, np.broadcast_to(chosen[..., None], grad.shape))
 
 
 def test_a_launch_that_no_gpu_takes_is_refused():

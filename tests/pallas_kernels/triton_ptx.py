@@ -22,8 +22,6 @@ from pallas_kernels.block_sparse_attention.call import make_call as block_sparse
 from pallas_kernels.flash_attention import RowSegment
 from pallas_kernels.flash_attention import triton as flash_triton
 from pallas_kernels.flash_attention.call import make_call as flash_call
-from pallas_kernels.select import triton as select_triton
-from pallas_kernels.select.call import SelectCall
 
 TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
 
@@ -61,16 +59,10 @@ def flash(q, k, v, bounds):
     return flash_triton.forward(flash_call(q, k, v, rows, None))
 
 
-def select(scores, k, v):
-    return select_triton.forward(SelectCall(scores, k, v, 2048))
-
-
 def cases():
     """(function, shapes of its arguments) at the sizes of a prefill: the most registers and shared memory."""
     kv = tuple(array(1, length, 2, 128) for length in (70, 130, 200))
     yield flash, array(1, 330, 8, 128), kv, kv, array(6, dtype=jnp.int32)
-    kv = array(1, select_triton.MOST_ROWS, 8, 128)
-    yield select, array(*kv.shape[:3], dtype=jnp.float32), kv, kv
     q, kv = array(1, 2000, 8, 128), array(1, 2000, 2, 128)
     for block, columns in ((64, True), (128, False)):
         lead = (1, 8, -(-2000 // block))
