@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from apb_jax.arguments import length, number
-from apb_jax.command import Parser
+from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
 from apb_jax.options import PLACEMENTS, parse_bytes
 
@@ -136,22 +136,19 @@ def show(console: Console, found: Plan) -> None:
     console.print("fits" if found.fits else f"does not fit: {refusal_of(found)}")
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("python -m apb_jax.plan")
+def main(argv: list[str]) -> int:
     """Exit status 0: fits; 1: does not; 2: wrong input, with one line on standard error."""
-    try:
-        args = make_parser().parse_args(argv)
-        from rich.console import Console
+    args = make_parser().parse_args(argv)
+    from rich.console import Console
 
-        from apb_jax.weights.checkpoint import load
+    from apb_jax.weights.checkpoint import load
 
-        found = make_plan(args, load(args.model, weights="random", dtype=args.dtype))
-        show(Console(stderr=args.json, soft_wrap=True, highlight=False), found)
-        if args.json:
-            print(json.dumps(found.to_json()), flush=True)
-        return 0 if found.fits else 1
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+    found = make_plan(args, load(args.model, weights="random", dtype=args.dtype))
+    show(Console(stderr=args.json, soft_wrap=True, highlight=False), found)
+    if args.json:
+        print(json.dumps(found.to_json()), flush=True)
+    return 0 if found.fits else 1
 
 
 if __name__ == "__main__":

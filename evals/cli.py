@@ -157,7 +157,7 @@ def _spec(args: argparse.Namespace) -> SystemSpec:
         if not found or found.group(1) not in methods:
             raise EvalError(f"--set {item!r}: expected METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
         options.setdefault(found.group(1), {})[found.group(2)] = _value(found.group(3))
-    where = (args.sp, args.tp, args.shards, max(parse_lengths(args.seq)))
+    where = (args.sp, args.tp, args.shards, max(args.seq))
     return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, *where)
 
 
