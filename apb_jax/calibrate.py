@@ -8,35 +8,30 @@ Weights are random: times do not depend on them. The table goes to ~/.cache/apb_
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from apb_jax.arguments import count, lengths, shards
+from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
-from apb_jax.options import DEFAULT_SIMULATED, parse_length
+from apb_jax.options import DEFAULT_SIMULATED
 
 QUERY_TOKENS = 32
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Comma-separated lengths, ascending."""
-    return sorted({parse_length(part) for part in text.split(",")})
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure full on one device, ring, Ulysses and APB on all of them (APB on one, where there is no other)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m apb_jax.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m apb_jax.calibrate", description=__doc__)
     parser.add_argument("--model", default="tiny", help="preset, HF folder or HF id (default: tiny)")
-    parser.add_argument("--sp", type=int, default=None, help="devices (default: all GPUs; without a GPU 8 simulated)")
-    parser.add_argument("--lengths", type=parse_lengths, default=[1024, 4096], help="document lengths (default: 1k,4k)")
-    parser.add_argument("--repeat", type=int, default=3, help="timed runs a row; the median counts (default: 3)")
-    args = parser.parse_args(argv)
-    if args.repeat < 1:
-        raise UserError(f"--repeat is {args.repeat}; it must be at least 1")
-    if args.sp is not None and args.sp < 1:
-        raise UserError(f"--sp is {args.sp}; it must be at least 1")
+    parser.add_argument("--sp", type=shards, help="devices (default: all GPUs; without a GPU 8 simulated)")
+    parser.add_argument("--lengths", type=lengths, default=(1024, 4096), help="document lengths (default: 1k,4k)")
+    parser.add_argument("--repeat", type=count(1, 1000), default=3, help="timed runs a row; the median counts")
+    return parser
 
+
+@command("python -m apb_jax.calibrate")
+def main(argv: list[str]) -> None:
+    """Measure full on one device, and ring, Ulysses and APB on all of them, at every length."""
+    args = make_parser().parse_args(argv)
     from apb_jax.mesh import has_accelerator, simulate_devices
 
     if not has_accelerator():
@@ -44,16 +39,18 @@ def main(argv: list[str] | None = None) -> None:
     import jax
 
     from apb_jax.compile_cache import use_compile_cache
+    from apb_jax.files import check_output_folder
     from apb_jax.measure.auto import calibration_path, write_calibration
     from apb_jax.weights.checkpoint import load
 
     use_compile_cache()
     model = load(args.model, weights="random")
-    longest = model.config.max_positions - QUERY_TOKENS
-    if args.lengths[-1] > longest:
-        raise UserError(f"--lengths has {args.lengths[-1]}; {args.model} has positions for at most {longest}")
-    rows = measure(model, args.sp or len(jax.devices()), args.lengths, args.repeat)
     path = calibration_path(model.config, model.dtype.name)
+    check_output_folder(path.parent, "the cache")
+    longest = model.config.max_positions - QUERY_TOKENS
+    if max(args.lengths) > longest:
+        raise UserError(f"--lengths has {max(args.lengths)}; {args.model} has positions for at most {longest}")
+    rows = measure(model, args.sp or len(jax.devices()), sorted(args.lengths), args.repeat)
     write_calibration(path, jax.devices()[0].device_kind, rows)
     print(f"{len(rows)} measurements written to {path}")
 
@@ -74,10 +71,10 @@ def measure(model: object, devices: int, lengths: list[int], repeat: int) -> lis
     rng = np.random.default_rng(0)
     wanted = [("full", 1), *([(name, devices) for name in ("ring", "ulysses", "apb")] if devices > 1 else [("apb", 1)])]
     rows, engines = [], {}
-    for method, count in wanted:
-        if count not in engines:
-            engines[count] = Engine(model, method, make_mesh(sp=count))
-        engine = engines[count].with_method(method, shards=MethodSpec(method).shards_on(count))
+    for method, used in wanted:
+        if used not in engines:
+            engines[used] = Engine(model, method, make_mesh(sp=used))
+        engine = engines[used].with_method(method, shards=MethodSpec(method).shards_on(used))
         for tokens in lengths:
             ids = [rng.integers(0, model.config.vocab_size, n) for n in (tokens, QUERY_TOKENS)]
             prompt = engine.prompt(*ids)
@@ -85,14 +82,10 @@ def measure(model: object, devices: int, lengths: list[int], repeat: int) -> lis
             if chosen.name != method:  # too short for it: what it falls back to is not what is asked about
                 continue
             times = [engine.prefill([prompt]).prefill_s for _ in range(repeat + 1)][1:]
-            rows.append(Measurement(method, count, tokens, statistics.median(times)))
-            print(f"{method:<8} on {count:>2}  {tokens:>8} tokens  {rows[-1].prefill_s:9.4f} s", flush=True)
+            rows.append(Measurement(method, used, tokens, statistics.median(times)))
+            print(f"{method:<8} on {used:>2}  {tokens:>8} tokens  {rows[-1].prefill_s:9.4f} s", flush=True)
     return rows
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

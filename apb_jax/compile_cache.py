@@ -8,8 +8,17 @@ from pathlib import Path
 import jax
 
 
+def cache_folder() -> Path | None:
+    """~/.cache/apb_jax, or below $XDG_CACHE_HOME; None for a user without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no entry in the passwd file
+        return None
+    return Path(base) / "apb_jax"
+
+
 def use_compile_cache() -> Path | None:
-    """Switch JAX's persistent cache on, in ~/.cache/apb_jax unless JAX was told of a place.
+    """Switch JAX's persistent cache on, in ``cache_folder`` unless JAX was told of a place.
 
     The environment variable ``APB_JAX_CACHE=off`` declines.
 
@@ -18,7 +27,9 @@ def use_compile_cache() -> Path | None:
     if os.environ.get("APB_JAX_CACHE") == "off":
         return None
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "apb_jax" / "xla"))
+        folder = cache_folder()
+        if folder is None:
+            return None
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return Path(jax.config.values["jax_compilation_cache_dir"])

@@ -15,6 +15,8 @@ from apb_jax.errors import UserError
 SP, TP = "sp", "tp"
 USABLE = 0.95
 """Share of a GPU's memory for JAX; the rest is for the CUDA context, NCCL and the code of programs."""
+MOST_SIMULATED = 64
+"""Each simulated device has threads and a copy of the replicated weights in the one memory of the machine."""
 HEARTBEAT_S = 30
 """After so many seconds without a sign of life from one process of several the others end."""
 
@@ -24,6 +26,11 @@ def simulate_devices(count: int) -> None:
 
     Many simulated devices share few cores, so a collective may wait long for its last member: time-outs are widened.
     """
+    if count > MOST_SIMULATED:
+        raise UserError(
+            f"{count} simulated devices (--sp times --tp) are more than a machine without GPU holds; nearest legal "
+            f"choice: {MOST_SIMULATED} (more parts of the document: --shards)"
+        )
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = {
         "--xla_force_host_platform_device_count": str(count),
@@ -37,6 +44,20 @@ def simulate_devices(count: int) -> None:
 def sequence_devices(available: int, shards: int | None) -> int:
     """Devices on the sequence axis where none are asked for: all, or as many as hold equal numbers of ``shards``."""
     return available if shards is None else max(n for n in range(1, available + 1) if shards % n == 0)
+
+
+def check_host_memory(weights_bytes: int, copies: int) -> None:
+    """Refuse more simulated devices than memory for their copies of the weights; nothing where the system is silent."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return
+    if weights_bytes * copies > free:
+        raise UserError(
+            f"{copies} simulated devices hold {weights_bytes * copies / 2**30:.1f} GiB of weights, this machine has "
+            f"{free / 2**30:.1f} GiB free; nearest legal choice: --sp {max(1, free // max(1, weights_bytes))}"
+        )
 
 
 def has_accelerator() -> bool:

@@ -4,45 +4,22 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from apb_jax import arguments
+from apb_jax.arguments import count, number
+from apb_jax.command import Parser
 from apb_jax.errors import UserError
+from apb_jax.files import check_input, check_output_folder, near_file, read_stdin, read_text, shown
 from apb_jax.prompt.style import PromptStyle, parse_separator, parse_template_arg
 
 DEFAULT_SEQ = 8192
 DEFAULT_SIMULATED = 8
 KERNELS = ("auto", "reference", "xla_chunked", "cudnn", "mosaic_gpu")
 PLACEMENTS = ("contiguous", "zigzag")
-SUFFIX = {"": 1, "k": 1024, "m": 1024 * 1024}
-
-
-def parse_length(text: str) -> int:
-    """Tokens: "8192", "8k" (8192), "128k" (131072), "1m" (1048576)."""
-    match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
-    if not match or int(match[1]) == 0:
-        raise UserError(f"length {text!r} is not a number of tokens; write for example 8192, 8k, 128k or 1m")
-    return int(match[1]) * SUFFIX[match[2]]
-
-
-def _number(kind: type, name: str, low: float, high: float | None = None) -> Any:
-    """An argparse type: a number within bounds, refused in words."""
-
-    def parse(text: str) -> Any:
-        rule = f"at least {low}" if high is None else f"between {low} and {high}"
-        try:
-            value = kind(text)
-        except ValueError:
-            raise UserError(f"{name} is {text!r}; it must be a number, {rule}") from None
-        if not value >= low or (high is not None and value > high):
-            nearest = low if not value >= low else high
-            raise UserError(f"{name} is {text}; it must be {rule} (nearest legal choice: {nearest})")
-        return value
-
-    return parse
 
 
 def parse_rope(text: str) -> str:
@@ -52,7 +29,10 @@ def parse_rope(text: str) -> str:
         return text
     if name != "yarn":
         raise UserError(f"--rope is {text!r}; it must be string, or yarn:FACTOR such as yarn:4")
-    _number(float, "the factor of --rope yarn", 1, 1024)(factor)
+    try:
+        number(float, 1, 1024)(factor)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"the factor of --rope yarn {error}") from error
     return text
 
 
@@ -136,21 +116,19 @@ class RunConfig:
         if self.needle is not None and not re.fullmatch(r"[0-9]{1,32}", self.needle):
             raise UserError(f"--needle is {self.needle!r}; it must be 1 to 32 digits, for example 8675309")
         if self.document not in (None, "-"):
-            path = Path(str(self.document))
-            if not path.exists():
-                raise UserError(f"--document {path}: no such file{_near_file(path)}")
-            if path.is_dir():
-                raise UserError(f"--document {path} is a folder; give one text file")
+            check_input(str(self.document), "--document")
         if self.heads is not None and not Path(self.heads).is_file():
-            raise UserError(f"--heads {self.heads}: no such file{_near_file(Path(self.heads))}")
+            raise UserError(f"--heads {shown(self.heads)}: no such file{near_file(Path(self.heads))}")
         if self.weights not in (None, "random") and not Path(str(self.weights)).is_dir():
             raise UserError(f"--weights {self.weights}: no such folder; give a folder with *.safetensors, or 'random'")
         if self.heads is not None and self.weights == "random":
             raise UserError("--heads has no meaning with --weights random; drop one of the two")
-        if self.save is not None and Path(self.save).is_file():
-            raise UserError(f"--save {self.save} is a file; give a folder for run.json and run.md")
-        if self.profile is not None and Path(self.profile).is_file():
-            raise UserError(f"--profile {self.profile} is a file; give a folder for the trace")
+        for name in ("save", "profile"):
+            if (folder := getattr(self, name)) is not None:
+                check_output_folder(folder, f"--{name}")
+        twice = [name for name in self.method_options if [n for n, v in self.options if v is not None].count(name) > 1]
+        if twice:
+            raise UserError(f"{twice[0]} is given twice, by --set and by a flag or another --set; give it once")
         if self.method in self.compare:
             raise UserError(f"--compare {self.method} is the method itself; compare with another one, such as full")
         if not self.mass and not self.compare:
@@ -192,50 +170,13 @@ class RunConfig:
         return {name: value for name, value in self.options if value is not None}
 
     def read_document(self) -> str:
-        """The text of ``--document``; refuses what is empty or not UTF-8."""
-        import sys
-
+        """The text of ``--document``; refuses what is empty, binary, too long or not UTF-8."""
         assert self.document is not None
         name = "standard input" if self.document == "-" else self.document
-        try:
-            raw = sys.stdin.buffer.read() if self.document == "-" else Path(self.document).read_bytes()
-        except OSError as error:
-            raise UserError(f"--document {name} cannot be read: {error.strerror}") from error
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--document {name} is not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start}); "
-                "convert it, for example with iconv -t utf-8"
-            ) from error
+        text = read_stdin("--document -") if self.document == "-" else read_text(self.document, "--document")
         if not text.strip():
-            raise UserError(f"--document {name} is empty ({len(raw)} bytes); it needs at least one word")
+            raise UserError(f"--document {name} is empty ({len(text.encode())} bytes); it needs at least one word")
         return text
-
-
-def _near_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else None
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1) if folder else []
-    return f"; did you mean {path.with_name(near[0])}?" if near else ""
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors: one line, no usage dump."""
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        try:
-            return super()._get_value(action, arg_string)  # type: ignore[misc]
-        except argparse.ArgumentError as error:
-            if isinstance(error.__context__, UserError):  # our own words, not "invalid parse value"
-                raise error.__context__ from None
-            raise
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            message += f"; did you mean {near[0]}?" if near else "; see --help"
-        raise UserError(message)
 
 
 EPILOG = """examples:
@@ -251,13 +192,11 @@ EPILOG = """examples:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of ``python -m apb_jax.run``."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m apb_jax.run",
         description="Answer a question about a long document. The document is split over the sequence axis of a device "
         "mesh; APB makes its prefill cheap, and decoding over the sharded cache is exact.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", metavar="NAME", help="preset, HF folder or HF id (default: tiny)")
@@ -295,32 +234,28 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--document", metavar="FILE|-", help="UTF-8 text file, or - for standard input")
     group.add_argument("--query", metavar="TEXT", help="the question about --document")
     group.add_argument("--needle", metavar="DIGITS", help="hide these digits in a generated document and ask for them")
-    group.add_argument("--depth", type=_number(float, "--depth", 0, 1), default=0.5, help="where: 0 start, 1 end")
+    group.add_argument("--depth", type=number(float, 0, 1), default=0.5, help="where: 0 start, 1 end")
     group.add_argument(
         "--seq",
-        type=parse_length,
+        type=arguments.length,
         metavar="LENGTH",
         help="context length of a generated document with query and answer, or the most that is kept of --document "
         "(start and end); 8192, 8k, 128k, 1m (default: 8k; a --document whole)",
     )
-    group.add_argument(
-        "--seed", type=_number(int, "--seed", 0), default=0, help="of filler, random digits and sampling"
-    )
+    group.add_argument("--seed", type=arguments.seed, default=0, help="of filler, random digits and sampling")
 
     group = parser.add_argument_group("mesh")
     group.add_argument(
         "--sp",
-        type=_number(int, "--sp", 1, 1024),
+        type=arguments.shards,
         metavar="N",
         help="devices on the sequence axis (default: all GPUs; without a GPU one device, for tiny 8 simulated ones)",
     )
-    group.add_argument(
-        "--tp", type=_number(int, "--tp", 1, 64), default=1, metavar="M", help="devices on the tensor axis"
-    )
+    group.add_argument("--tp", type=arguments.tensor_devices, default=1, metavar="M", help="devices on the tensor axis")
     group.add_argument(
         "--shards",
         "--virtual-shards",
-        type=_number(int, "--shards", 1, 1024),
+        type=arguments.shards,
         metavar="N",
         help="parts of the document, a multiple of --sp (default: --sp; on one device 8 where a method needs them)",
     )
@@ -342,8 +277,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="most memory of a device, such as 80g; what needs more is refused (default: what JAX may take of a GPU)",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: address of process 0")
-    group.add_argument("--processes", type=_number(int, "--processes", 1), metavar="N", help="how many processes")
-    group.add_argument("--process", type=_number(int, "--process", 0), metavar="I", help="which one this is")
+    group.add_argument("--processes", type=count(1, 65536), metavar="N", help="how many processes")
+    group.add_argument("--process", type=count(0), metavar="I", help="which one this is")
 
     group = parser.add_argument_group("method")
     group.add_argument(
@@ -368,16 +303,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="remapped positions (STRING) under the method, or positions stretched by FACTOR (YaRN)",
     )
     group.add_argument(
-        "--string-offset", type=float, default=0.33, metavar="SHARE|TOKENS", help="distance from which keys are shifted"
+        "--string-offset",
+        type=number(float, 0, above=True),
+        default=0.33,
+        metavar="SHARE|TOKENS",
+        help="distance from which keys are shifted",
     )
-    group.add_argument("--string-local", type=_number(int, "--string-local", 0), default=128, metavar="TOKENS")
-    group.add_argument(
-        "--anchor", type=_number(int, "--anchor", 0), metavar="TOKENS", help="APB: anchor, query included"
-    )
-    group.add_argument("--passing", type=_number(int, "--passing", 0), metavar="TOKENS", help="APB: passed per shard")
-    group.add_argument(
-        "--query-at", type=_number(int, "--query-at", 0), metavar="INDEX", help="APB: query in the anchor"
-    )
+    group.add_argument("--string-local", type=count(0), default=128, metavar="TOKENS", help="rows kept near")
+    group.add_argument("--anchor", type=count(0), metavar="TOKENS", help="APB: anchor, query included")
+    group.add_argument("--passing", type=count(0), metavar="TOKENS", help="APB: passed per shard")
+    group.add_argument("--query-at", type=count(0), metavar="INDEX", help="APB: query in the anchor")
     group.add_argument(
         "--scorer",
         choices=("heads", "query", "expected", "reconstruct"),
@@ -392,7 +327,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--kernels", choices=KERNELS, default="auto", help="prefill attention; a name never falls back")
     group.add_argument(
         "--compare",
-        type=lambda text: tuple(name.strip() for name in text.split(",") if name.strip()),
+        type=arguments.names,
         default=(),
         metavar="METHOD,...",
         help="run these on the same input too and print what the method changed against each (the receipt)",
@@ -406,7 +341,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--repeat",
-        type=_number(int, "--repeat", 0, 1000),
+        type=count(0, 1000),
         metavar="N",
         help="timed prefills after the first, which compiles; the median counts (default: 1 with --compare, else 0)",
     )
@@ -414,12 +349,12 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("answer and output")
     group.add_argument(
         "--max-new-tokens",
-        type=_number(int, "--max-new-tokens", 1),
+        type=count(1),
         metavar="N",
         help="default: 512 for a --document, else 32",
     )
-    group.add_argument("--temperature", type=_number(float, "--temperature", 0), default=0.0, help="0 is greedy")
-    group.add_argument("--top-p", type=_number(float, "--top-p", 0.0001, 1), default=1.0, help="nucleus sampling")
+    group.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 is greedy")
+    group.add_argument("--top-p", type=number(float, 0.0001, 1), default=1.0, help="nucleus sampling")
     group.add_argument("--json", action="store_true", help="a JSON object as the last line of standard output")
     group.add_argument("--save", metavar="DIR", help="write run.json, and run.md for people, there")
     group.add_argument(

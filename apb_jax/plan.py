@@ -13,8 +13,10 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from apb_jax.arguments import length, number
+from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
-from apb_jax.options import PLACEMENTS, _number, _Parser, parse_bytes, parse_length
+from apb_jax.options import PLACEMENTS, parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +31,7 @@ DEFAULT_DEVICE = "h100"
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of ``python -m apb_jax.plan``."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m apb_jax.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -37,24 +39,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, metavar="NAME", help="preset, HF folder or HF id")
     parser.add_argument(
-        "--seq", type=parse_length, required=True, metavar="LENGTH", help="context length with query and answer: 128k"
+        "--seq", type=length, required=True, metavar="LENGTH", help="context length with query and answer: 128k"
     )
-    parser.add_argument("--gpus", type=_number(int, "--gpus", 1, 1024), default=1, metavar="N", help="devices in all")
-    parser.add_argument(
-        "--tp", type=_number(int, "--tp", 1, 64), default=1, metavar="M", help="of them tensor-parallel"
-    )
+    parser.add_argument("--gpus", type=number(int, 1, 1024), default=1, metavar="N", help="devices in all")
+    parser.add_argument("--tp", type=number(int, 1, 64), default=1, metavar="M", help="of them tensor-parallel")
     parser.add_argument("--gpu", default=None, metavar="NAME", help=f"whose figures (this GPU, else {DEFAULT_DEVICE})")
     parser.add_argument(
         "--gpu-memory", type=parse_bytes, metavar="SIZE", help="of each GPU, such as 80g (default: its)"
     )
     parser.add_argument("--method", default="apb", metavar="NAME", help="as in apb_jax.run (default: apb)")
     parser.add_argument(
-        "--shards", type=_number(int, "--shards", 1, 1024), metavar="N", help="parts of the document, as in apb_jax.run"
+        "--shards", type=number(int, 1, 1024), metavar="N", help="parts of the document, as in apb_jax.run"
     )
     parser.add_argument("--placement", choices=PLACEMENTS, default="contiguous")
-    parser.add_argument(
-        "--batch", type=_number(int, "--batch", 1, 1024), default=1, metavar="N", help="requests at once"
-    )
+    parser.add_argument("--batch", type=number(int, 1, 1024), default=1, metavar="N", help="requests at once")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16", help="default: bf16")
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line of standard output")
     return parser
@@ -138,22 +136,19 @@ def show(console: Console, found: Plan) -> None:
     console.print("fits" if found.fits else f"does not fit: {refusal_of(found)}")
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("python -m apb_jax.plan")
+def main(argv: list[str]) -> int:
     """Exit status 0: fits; 1: does not; 2: wrong input, with one line on standard error."""
-    try:
-        args = make_parser().parse_args(argv)
-        from rich.console import Console
+    args = make_parser().parse_args(argv)
+    from rich.console import Console
 
-        from apb_jax.weights.checkpoint import load
+    from apb_jax.weights.checkpoint import load
 
-        found = make_plan(args, load(args.model, weights="random", dtype=args.dtype))
-        show(Console(stderr=args.json, soft_wrap=True, highlight=False), found)
-        if args.json:
-            print(json.dumps(found.to_json()), flush=True)
-        return 0 if found.fits else 1
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+    found = make_plan(args, load(args.model, weights="random", dtype=args.dtype))
+    show(Console(stderr=args.json, soft_wrap=True, highlight=False), found)
+    if args.json:
+        print(json.dumps(found.to_json()), flush=True)
+    return 0 if found.fits else 1
 
 
 if __name__ == "__main__":

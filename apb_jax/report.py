@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import platform
 import re
 from pathlib import Path
 from typing import Any
 
 from apb_jax.engine import Engine
-from apb_jax.errors import UserError
+from apb_jax.files import write_json, write_text
 from apb_jax.generation import Answer
 from apb_jax.measure.plan import planned_bytes
 from apb_jax.session import Session
@@ -186,11 +184,5 @@ def peak_bytes(engine: Engine, measured: bool = True) -> tuple[int, str]:
 
 def save(folder: Path, result: dict[str, Any]) -> None:
     """``run.json`` and ``run.md``: what the screen shows, to keep and to compare; each appears whole or not at all."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("run.json", json.dumps(result, indent=1) + "\n"), ("run.md", markdown(result))):
-            temporary = folder / f"{name}.{os.getpid()}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(folder / name)
-    except OSError as error:
-        raise UserError(f"--save {folder} cannot be written: {error.strerror}") from error
+    write_json(folder / "run.json", result)
+    write_text(folder / "run.md", markdown(result))

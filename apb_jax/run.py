@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apb_jax.command import command
 from apb_jax.errors import UserError
+from apb_jax.files import to_json
 from apb_jax.options import DEFAULT_SEQ, DEFAULT_SIMULATED, RunConfig, parse
 
 if TYPE_CHECKING:
@@ -51,8 +50,13 @@ def choose_devices(config: RunConfig, console: Console) -> None:
 def load_model(config: RunConfig) -> LoadedModel:
     """The model of the command line, under YaRN or STRING where asked for; no weights are read yet."""
     from apb_jax.model.config import with_string, with_yarn
+    from apb_jax.presets import TEMPLATES
+    from apb_jax.prompt.style import NONE, OWN
     from apb_jax.weights.checkpoint import load
 
+    known = (OWN, *TEMPLATES, NONE)
+    if config.template is not None and config.template not in known:
+        raise UserError(f"unknown template {config.template!r}; there are: {', '.join(known)}")
     fold = True if config.fold_heads else None  # None: as the folder has them
     model = load(config.model, weights=config.weights, heads=config.heads, dtype=config.dtype, fold_heads=fold)
     if config.yarn_factor is not None:
@@ -70,7 +74,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     choose_devices(config, console)
     import jax
 
-    from apb_jax import report, screen
+    from apb_jax import screen
     from apb_jax.attention.inputs import Kernels
     from apb_jax.attention.registry import MethodSpec
     from apb_jax.compile_cache import use_compile_cache
@@ -78,7 +82,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.measure.beside import Beside
     from apb_jax.measure.compare import Asking, beside, run_one, timed
     from apb_jax.measure.plan import check_memory
-    from apb_jax.mesh import SP, make_mesh, sequence_devices
+    from apb_jax.mesh import SP, check_host_memory, make_mesh, sequence_devices
     from apb_jax.run_session import method_options, run_session
     from apb_jax.sampling import Sampler
     from apb_jax.task import make_task, new_tokens
@@ -93,6 +97,8 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         console.print(f"note: --method auto: {reason}", style="yellow", highlight=False)
     sp = sp or sequence_devices(max(1, len(jax.devices()) // config.tp), config.shards)
     mesh, method = make_mesh(sp, config.tp), MethodSpec(name, method_options(config))
+    if jax.default_backend() == "cpu":
+        check_host_memory(model.config.parameters * model.dtype.itemsize, mesh.shape[SP])
     size = f"{model.config.parameters / 1e6:,.1f}M parameters, {model.dtype.name}, kernels {config.kernels}"
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
     settings = Settings(
@@ -117,7 +123,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         current.choose([task.prompt])
         current.check_lengths([task.prompt], [task.prompt.query], wanted)
         check_memory(current, [task.prompt], wanted, config.gpu_memory)
-    notes = list(task.notes)
+    notes = [*name_notes(config), *task.notes]
     notes += [note for note in (engine.codec and engine.codec.note, model.config.window_note) if note]
     repeat = int(bool(others)) if config.repeat is None else config.repeat
     asking = Asking(
@@ -147,21 +153,36 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
             result = first[0]
     result |= {"model": config.model, "weights": config.weights or "checkpoint", "seed": config.seed}
     show_result(console, result)
-    if config.save and not console.quiet:
-        report.save(Path(config.save), result)
-        console.print(f"saved: {config.save}/run.json and run.md", highlight=False, markup=False, emoji=False)
     return result
+
+
+def name_notes(config: RunConfig) -> list[str]:
+    """What a model's name may hide: a folder of the same name, and what the packaged model was made for."""
+    from apb_jax.presets import MODELS
+
+    notes = []
+    if (config.model in MODELS or config.model == "tiny") and Path(config.model).exists():
+        notes.append(f"--model {config.model} is the preset; for the folder of that name here give ./{config.model}")
+    if config.model == "tiny" and config.weights is None and config.document is not None:
+        notes.append(
+            "the packaged model only retrieves what a text says in so many words (numbers, pass keys, values); about "
+            "prose it invents: try --model smollm2-135m or larger"
+        )
+    return notes
 
 
 def show_method(console: Console, engine: Engine, asking: Asking, notes: list[str]) -> None:
     """What the user should know before the method runs, and its layout as a picture."""
+    from rich.text import Text
+
     from apb_jax import screen
 
     method, why = engine.choose([asking.prompt])
     for note in (*notes, *why):
-        console.print(f"note: {note}", style="yellow", highlight=False)
+        console.print(Text(f"note: {note}", style="yellow"))
     layout = method.layout([asking.prompt], engine.shards)
-    console.print(screen.layout_picture(layout, method, dict(engine.mesh.shape)))
+    plain = not (console.encoding or "").lower().startswith("utf")
+    console.print(screen.layout_picture(layout, method, dict(engine.mesh.shape), plain=plain))
 
 
 def decide_method(config: RunConfig, model: LoadedModel, text: str | None) -> tuple[str, int, str]:
@@ -187,55 +208,31 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     console.print()
     console.print(screen.result_table(rows, header))
     for line in report.receipts(result):
-        console.print(f"\n{line}", highlight=False)
+        console.print(f"\n{line}", highlight=False, markup=False, emoji=False)
     console.print()
     if result["ground_truth"] is not None:
-        console.print(f"Ground Truth: {result['ground_truth']}", highlight=False, markup=False)
+        console.print(f"Ground Truth: {result['ground_truth']}", highlight=False, markup=False, emoji=False)
     screen.write(console, f"Prediction: {result['prediction']}\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line on standard error for wrong input and for Ctrl-C."""
+@command("python -m apb_jax.run", at_once=True)
+def main(argv: list[str]) -> None:
+    """The command; see the module's text."""
     from rich.console import Console
 
-    from pallas_kernels.errors import KernelInputError, Unsupported
+    config = parse(argv)
+    # With --json the JSON line is the last one of standard output, and people read standard error.
+    console = Console(stderr=config.json, soft_wrap=True)
+    result = run(config, console)
+    if console.quiet:
+        return
+    if config.json:
+        print(to_json(result), flush=True)
+    if config.save:
+        from apb_jax import report
 
-    before = signal.signal(signal.SIGINT, interrupted)
-    try:
-        config = parse(argv)
-        # With --json the JSON line is the last one of standard output, and people read standard error.
-        console = Console(stderr=config.json, soft_wrap=True)
-        result = run(config, console)
-        if config.json and not console.quiet:
-            print(json.dumps(result), flush=True)
-        return 0
-    except UserError as error:
-        return fail(str(error))
-    except (KernelInputError, Unsupported) as error:
-        return fail(f"--kernels: {error}; nearest legal choice: --kernels auto")
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return fail(
-            "the devices ran out of memory; use more of them (--sp, --tp), a shorter --seq, or --dtype bf16: "
-            + " ".join(str(error).split())[:160]
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def interrupted(signum: int, frame: object) -> None:
-    """Ctrl-C. Ends the process here: a KeyboardInterrupt raised inside a callback of XLA would be lost."""
-    from rich.console import Console
-
-    Console().show_cursor()
-    os._exit(fail("interrupted"))
-
-
-def fail(message: str) -> int:
-    """One line, status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return 2
+        report.save(Path(config.save), result)
+        console.print(f"saved: {config.save}/run.json and run.md", highlight=False, markup=False, emoji=False)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ CONTROLS = (
     | dict.fromkeys(range(128, 160), 0xFFFD)
 )
 """Control characters to their pictures: a document's escape sequences must not steer the terminal."""
+MARKS = {"earlier": "░", "passing": "░", "anchor": "▒", "block": "█"}
+PLAIN = {"earlier": ".", "passing": ".", "anchor": "=", "block": "#"}
+"""The same for terminals that are not UTF-8."""
 UNITS = {"prefill": "layers", "decode": "tokens", "load weights": "bytes"}
 
 
@@ -86,34 +89,38 @@ class StageBar:
         self.progress.update(self.tasks[stage], completed=done, total=total, count=count)
 
 
-def layout_picture(layout: Layout, method: AttentionMethod, mesh: dict[str, int]) -> Panel:
-    """Every shard's keys as a bar: what came from earlier shards, the anchor, and its own block."""
-    block = int(layout.block_rows[0])
-    keys = [method.visible_keys(layout, shard) for shard in range(layout.shards)]
-    widest = max(sum(kinds.values()) for kinds in keys)
+def layout_picture(layout: Layout, method: AttentionMethod, mesh: dict[str, int], *, plain: bool = False) -> Panel:
+    """Every shard's keys as a bar: what came from earlier shards, the anchor, and its own block.
+
+    The bars of all methods have one scale: WIDTH characters are the whole document, which full attention's last shard
+    sees. The kinds differ without colours too; ``plain``: in ASCII.
+    """
+    block, document = int(layout.block_rows[0]), int(layout.document_tokens[0])
+    marks = PLAIN if plain else MARKS
     lines = []
     for shard in range(layout.shards):
+        keys = method.visible_keys(layout, shard)
         bar = Text(f"shard {shard:>2} ")
-        for name, count in keys[shard].items():
+        for name, count in keys.items():
             if count:
-                bar.append("█" * max(1, round(WIDTH * count / widest)), style=STYLE.get(name, "blue"))
-        first = shard * block
-        last = min(first + block, int(layout.document_tokens[0]))
-        lines.append(bar.append(f"  {first:,}..{last:,}", style="dim"))
-    shown = keys[-1]
-    passed = shown.get("passing", 0) // max(1, layout.shards - 1)
+                shown = min(WIDTH, max(1, round(WIDTH * count / document)))
+                bar.append(marks.get(name, marks["block"]) * shown, style=STYLE.get(name, "blue"))
+        first, last = (min(place, document) for place in (shard * block, (shard + 1) * block))
+        lines.append(bar.append(f"  {first:,}..{last:,}" if first < last else "  nothing", style="dim"))
+    shown_kinds = method.visible_keys(layout, layout.shards - 1)
+    passed = shown_kinds.get("passing", 0) // max(1, layout.shards - 1)
     words = {
         "earlier": "all earlier blocks",
         "passing": f"passing: {passed:,} of each earlier shard, per KV head",
         "block": f"own block: {block:,}, causally",
     }
     seen = "the keys among which the method selects:" if method.can.selects else "the keys that a block's rows see:"
-    lines.append(Text(seen, style="dim"))
-    for name, count in shown.items():
+    lines.append(Text(f"{seen} ({WIDTH} characters: the whole document)", style="dim"))
+    for name, count in shown_kinds.items():
         if count:
-            lines.append(
-                Text(" █ ", style=STYLE.get(name, "blue")).append(words.get(name, f"{name}: {count:,}"), "dim")
-            )
+            mark = marks.get(name, marks["block"])
+            line = Text(f" {mark} ", style=STYLE.get(name, "blue"))
+            lines.append(line.append(words.get(name, f"{name}: {count:,}"), "dim"))
     title = f"{method.name} on a mesh of " + " x ".join(f"{axis}={n}" for axis, n in mesh.items())
     return Panel(Group(*lines), title=title, title_align="left", expand=False)
 

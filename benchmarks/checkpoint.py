@@ -29,6 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from apb_jax.command import Parser, command  # noqa: E402
+
 BLOCK = 2**25  # elements of random data, written again and again from other offsets
 FILE_BYTES = 5 * 10**9
 READ_BYTES = 16 * 2**20
@@ -258,8 +260,9 @@ def child(stage: str, *arguments: object, simulate: int = 0) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/checkpoint.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="an empty or new folder on the disk to measure")
     parser.add_argument("--layers", type=int, help="fewer layers than the model's 32")
     parser.add_argument("--sp", type=int, default=1, help="devices to restore onto")
@@ -268,7 +271,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in the folder")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     source, target = args.folder / "hf", args.folder / "orbax"
     stages = {
         "generate": lambda: generate(source, args.layers),
@@ -305,4 +308,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,7 +8,6 @@ device copy). Every implementation that accepts the case runs beside the others,
 benchmarks/results/<device>_<date>.jsonl.
 """
 
-import argparse
 import dataclasses
 import datetime
 import functools
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apb_jax.command import Parser, command
 from pallas_kernels import Unsupported, device
 from pallas_kernels.block_sparse_attention import Blocks, KeyTiles, block_sparse_attention
 from pallas_kernels.block_sparse_attention.api import IMPLEMENTATIONS as SPARSE
@@ -414,13 +414,14 @@ BENCHES = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/kernels.py")
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__)
     parser.add_argument("--only", choices=BENCHES, action="append", help="measure this op only (repeatable)")
     parser.add_argument("--quick", action="store_true", help="the main cases only")
     parser.add_argument("--peers", action="store_true", help="also run the PyTorch peers")
     parser.add_argument("--out", type=Path, help="file for the JSON lines")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     here = device.current()
     if here.platform != "gpu":
         print(f"error: the default device is {here.name}; these measurements need a GPU", file=sys.stderr)

@@ -11,11 +11,11 @@ the logits behind the query against those of the first exact row.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
 import statistics
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ import numpy as np
 from prefill_stages import linear_flops, matmul_ceiling
 
 import apb_jax
+from apb_jax.arguments import length
 from apb_jax.attention import APB, METHODS, AttentionMethod, Kernels, MethodSpec
 from apb_jax.attention.inputs import Prompt
 from apb_jax.attention.layout import Layout
 from apb_jax.attention.star import Star
 from apb_jax.attention.streaming import Streaming
+from apb_jax.command import Parser, command
 from apb_jax.compile_cache import use_compile_cache
-from apb_jax.options import parse_length
 from apb_jax.report import versions
 from apb_jax.task import RANDOM_QUERY_TOKENS
 from apb_jax.weights.checkpoint import LoadedModel, RandomWeights
@@ -71,10 +72,11 @@ def timed(engine: apb_jax.Engine, prompt: Prompt, repeat: int) -> list[float]:
     return [engine.prefill([prompt]).prefill_s for _ in range(repeat + 1)][1:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/methods.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="llama3.1-8b")
-    parser.add_argument("--seq", type=parse_length, default=131072)
+    parser.add_argument("--seq", type=length, default=131072)
     parser.add_argument("--sp", type=int, default=None, help="devices of the sharded methods (default: all)")
     parser.add_argument("--methods", default=",".join(ROWS), help="comma-separated, in this order")
     parser.add_argument("--layers", type=int, default=None, help="fewer layers than the model has")
@@ -82,7 +84,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds that a whole prefill may take")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     use_compile_cache()
     names = args.methods.split(",")
     unknown = [name for name in names if name not in METHODS]
@@ -180,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

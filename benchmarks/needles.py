@@ -8,13 +8,14 @@ the engine is kept between them and answers in batches.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
+from apb_jax.command import Parser, command
 from apb_jax.options import parse
 from apb_jax.report import first_number, versions
 from apb_jax.run import choose_devices
@@ -22,8 +23,9 @@ from apb_jax.synthetic.grading import wilson
 from apb_jax.task import make_task
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/needles.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", default="8k,16k")
@@ -75,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

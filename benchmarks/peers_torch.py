@@ -1,13 +1,15 @@
 """The same attention cases in PyTorch: SDPA (cuDNN, FlashAttention) and FlexAttention; JSON lines beside ours."""
 
-import argparse
 import datetime
 import json
 import statistics
+import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from apb_jax.command import Parser, command
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 
@@ -30,10 +32,11 @@ def normal(length: int, heads: int) -> torch.Tensor:
     return torch.randn(1, heads, length, DIM, device="cuda", dtype=torch.bfloat16)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+@command("python benchmarks/peers_torch.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--out")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.manual_seed(0)
 
     def row(case: str, name: str, ms: float, flop: float) -> None:
@@ -93,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

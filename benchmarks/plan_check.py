@@ -21,7 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from apb_jax.options import parse_bytes, parse_length
+from apb_jax.arguments import length as parse_length
+from apb_jax.options import parse_bytes
 
 TOLERANCE = 0.07
 NEW_TOKENS = 16

@@ -10,10 +10,10 @@ temperature 1 with one seed, because random weights make greedy decoding repeat 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -24,12 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import apb_jax
+from apb_jax.arguments import length
 from apb_jax.attention import APB, AttentionMethod, Full, Kernels, MethodSpec, Prompt
+from apb_jax.command import Parser, command
 from apb_jax.compile_cache import use_compile_cache
 from apb_jax.measure.receipt import receipt
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.slices import WeightSlices
-from apb_jax.options import parse_length
 from apb_jax.report import peak_bytes, size, versions
 from apb_jax.sampling import Sampler
 from apb_jax.task import RANDOM_QUERY_TOKENS
@@ -129,10 +130,11 @@ def compare(engine: apb_jax.Engine, prompt: Prompt, kernels: str, new_tokens: in
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/prefill_stages.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="llama3.1-8b")
-    parser.add_argument("--seq", type=parse_length, default=131072)
+    parser.add_argument("--seq", type=length, default=131072)
     parser.add_argument("--sp", type=int, default=None)
     parser.add_argument("--shards", type=int, default=None, help="parts of the document (default: one a device)")
     parser.add_argument("--placement", default="contiguous", choices=("contiguous", "zigzag"))
@@ -143,7 +145,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="time full attention on this mesh instead of APB's stages")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     use_compile_cache()
     model = apb_jax.load(args.model, weights="random")
     mesh = apb_jax.make_mesh(sp=args.sp)
@@ -231,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

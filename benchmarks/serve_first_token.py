@@ -20,7 +20,7 @@ import httpx
 import jax
 
 import apb_jax
-from apb_jax.options import parse_length
+from apb_jax.arguments import length as parse_length
 from apb_jax.report import versions
 from apb_jax.serve.background import Background
 from apb_jax.serve.service import Plan

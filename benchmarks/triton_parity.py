@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apb_jax.command import Parser, command
+
 HEADS, KV_HEADS, DIM = 32, 8, 128
 
 
@@ -186,13 +188,14 @@ def rows_of(ops: list[str], old: bool) -> list[dict]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/triton_parity.py")
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__)
     parser.add_argument("--old", type=Path, help="folder that holds another pallas_kernels to measure beside this one")
     parser.add_argument("--only", choices=BENCHES, action="append", help="this op only (repeatable)")
     parser.add_argument("--out", type=Path, help="file for one JSON line a row")
     parser.add_argument("--rows-of", type=Path, help=argparse.SUPPRESS)  # what the process for --old is asked
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     ops = options.only or list(BENCHES)
     if jax.default_backend() != "gpu":
         print("error: JAX sees no GPU; these measurements need one", file=sys.stderr)

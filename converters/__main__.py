@@ -8,42 +8,37 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from apb_jax.errors import UserError
+from apb_jax.arguments import length, number, one_of, shards, tensor_devices
+from apb_jax.command import Parser, command
+
+DTYPE = one_of(("bf16", "float32"))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like every other wrong input: one line, status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} ({self.prog} --help)\n")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = _Parser(prog="python -m converters", description="Checkpoints in, out and explained.")
+    top = Parser(prog="python -m converters", description="Checkpoints in, out and explained.")
     commands = top.add_subparsers(dest="command", required=True)
 
     hf = commands.add_parser("hf", help="an HF folder or hub id into a folder that loads fast and sharded")
     hf.add_argument("source", metavar="SRC", help="folder or hub id (owner/name)")
     hf.add_argument("--out", type=Path, required=True, metavar="DIR")
-    hf.add_argument("--dtype", help="bf16 or float32; default: that of the files")
+    hf.add_argument("--dtype", type=DTYPE, help="bf16 or float32; default: that of the files")
     hf.add_argument("--heads", metavar="FILE", help="retaining heads (safetensors, torch .bin or a hub id) to include")
     hf.add_argument("--fold-heads", action="store_true", help="fold the heads into the QKV projections (same scores)")
     hf.add_argument(
-        "--sp", type=int, default=1, help="devices of the sequence axis to spread the arrays over meanwhile"
+        "--sp", type=shards, default=1, help="devices of the sequence axis to spread the arrays over meanwhile"
     )
-    hf.add_argument("--tp", type=int, default=1, help="devices of the tensor axis; must divide the model's KV heads")
+    hf.add_argument("--tp", type=tensor_devices, default=1, help="devices of the tensor axis")
 
     gguf = commands.add_parser("gguf", help="a GGUF file into an HF folder, dequantised")
     gguf.add_argument("source", metavar="FILE", help="GGUF file, or a preset that is one (smollm2-135m)")
     gguf.add_argument("--out", type=Path, required=True, metavar="DIR")
-    gguf.add_argument("--dtype", help="bf16 or float32; default: every value is kept")
+    gguf.add_argument("--dtype", type=DTYPE, help="bf16 or float32; default: every value is kept")
 
     heads = commands.add_parser("heads", help="retaining heads into a safetensors file, names and values kept")
     heads.add_argument("source", metavar="SRC", help="torch .bin, safetensors file (also a whole model), or hub id")
@@ -57,28 +52,23 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what is this, and what does it take?")
     inspect.add_argument("path", metavar="PATH", help="model folder, converted folder, preset, hub id, file of heads")
     inspect.add_argument("--heads", metavar="FILE")
-    inspect.add_argument("--dtype", default="bf16", help="dtype of weights and cache on the devices")
-    inspect.add_argument("--sp", type=int, default=1)
-    inspect.add_argument("--tp", type=int, default=1)
-    inspect.add_argument("--seq", default="128k", metavar="TOKENS", help="document length, e.g. 128k")
-    inspect.add_argument("--memory", type=float, default=80.0, metavar="GIB", help="memory of one device")
+    inspect.add_argument("--dtype", type=DTYPE, default="bf16", help="dtype of weights and cache on the devices")
+    inspect.add_argument("--sp", type=shards, default=1)
+    inspect.add_argument("--tp", type=tensor_devices, default=1)
+    inspect.add_argument("--seq", type=length, default="128k", metavar="TOKENS", help="document length, e.g. 128k")
+    inspect.add_argument(
+        "--memory", type=number(float, 0, 1e6, above=True), default=80.0, metavar="GIB", help="memory of one device"
+    )
     inspect.add_argument("--verify", action="store_true", help="hash every file and compare with the manifest")
     return top
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("python -m converters", resumes="; nothing was kept")
+def main(argv: list[str]) -> None:
     """Run one command; 0, or 2 with one line on stderr when the input is at fault."""
     args = parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        {"hf": _hf, "gguf": _gguf, "heads": _heads, "export": _export, "inspect": _inspect}[args.command](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was kept", file=sys.stderr)
-        return 2
-    return 0
+    {"hf": _hf, "gguf": _gguf, "heads": _heads, "export": _export, "inspect": _inspect}[args.command](args)
 
 
 class _Bar:
@@ -172,7 +162,7 @@ def _inspect(args: argparse.Namespace) -> None:
         args.path,
         sp=args.sp,
         tp=args.tp,
-        tokens=_tokens(args.seq),
+        tokens=args.seq,
         memory=int(args.memory * GIB),
         heads=args.heads,
         dtype=args.dtype,
@@ -182,14 +172,6 @@ def _inspect(args: argparse.Namespace) -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=120).print(table)
-
-
-def _tokens(text: str) -> int:
-    units = {"k": 1024, "m": 1024**2}
-    digits, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
-    if not digits.isdigit():
-        raise UserError(f"--seq is {text!r}; give tokens, e.g. 131072 or 128k")
-    return int(digits) * unit
 
 
 def _quiet_duplicates() -> None:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from evals.base import EvalError
+from apb_jax.command import command
 from evals.cli import main
 from evals.system import connect
 
@@ -11,13 +11,16 @@ from evals.system import connect
 def run(argv: Sequence[str]) -> int:
     """Run one command; 0 on success, 2 on wrong input."""
     if argv[:1] == ["lm_eval"]:
-        try:
-            from evals.lm_eval_adapter import main as harness
-        except EvalError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
         return harness(argv[1:])
     return main(argv, connect=connect)
+
+
+@command("python -m evals lm_eval")
+def harness(argv: list[str]) -> int:
+    """lm-evaluation-harness with its own command line."""
+    from evals.lm_eval_adapter import main as of_the_harness
+
+    return of_the_harness(argv)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """The command line ``python -m evals``: what to measure, on what, where to put it."""
 
 import argparse
-import difflib
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 
-from apb_jax.errors import UserError
+from apb_jax.arguments import count, lengths, one_of, output_folder, seed, shards, tensor_devices
+from apb_jax.command import Parser, command
+from apb_jax.files import read_json, read_text, write_text
 from apb_jax.json_text import parse_json
 from apb_jax.synthetic.packaged import NOVEL
 from evals.base import EvalError, Generator, LogProbs, SystemSpec, Task, require_choice
@@ -28,7 +28,7 @@ from evals.predictions import score_file
 from evals.report import write_report
 from evals.ruler import EXTRA_TASKS, TASKS, VARIANTS, RulerTask, corpus, needed_text
 from evals.ruler.prompt import wrapper_names
-from evals.runner import environment, run_config, run_tasks
+from evals.runner import check_length, environment, run_config, run_tasks
 from evals.store import RunFolder
 from evals.tables import print_metrics
 from evals.tokens import Tokens
@@ -49,85 +49,64 @@ Connect = Callable[[SystemSpec], Callable[[str], System]]
 """Loads a model and returns a function from a method's name to the system that runs it."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (-\S+)", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown.group(1), self._option_string_actions, n=1)
-            message += f"; did you mean {near[0]}?" if near else ""
-        raise EvalError(message)
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """``"4k,8192,1m"`` -> (4096, 8192, 1048576)."""
-    lengths = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(\d+)([kKmM]?)", part.strip())
-        if not found or int(found.group(1)) == 0:
-            raise EvalError(f"--seq {part.strip()!r}: a length is a positive number of tokens, such as 8192, 8k or 1m")
-        lengths.append(int(found.group(1)) * {"": 1, "k": 1024, "m": 1024**2}[found.group(2).lower()])
-    return tuple(dict.fromkeys(lengths))
-
-
 def main(argv: Sequence[str], *, connect: Connect) -> int:
     """Run one command; 0 on success, 2 on wrong input after one line on stderr.
 
     Args:
       connect: loads the model when a command needs one.
     """
-    try:
+
+    @command("python -m evals", resumes="; repeat the command to go on where it stopped")
+    def run(argv: list[str]) -> None:
         if argv and not argv[0].startswith("-"):
             require_choice("command", argv[0], COMMANDS)
         args = _parser().parse_args(argv)
         args.run(args, connect)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: repeat the command to go on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    return run(argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m evals", description="Long-context benchmarks with scores one may compare.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = Parser(prog="python -m evals", description="Long-context benchmarks with scores one may compare.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     ruler = _benchmark(commands, "ruler", "the 13 RULER tasks", _ruler)
     ruler.add_argument("--tasks", help="names separated by commas (default: all that the data at hand allow)")
-    ruler.add_argument("--samples", type=int, default=500, help="samples per task and length (default: 500)")
+    ruler.add_argument("--samples", type=count(1), default=500, help="samples per task and length (default: 500)")
     ruler.add_argument("--variant", default="ruler_main", help=f"published program to follow: {', '.join(VARIANTS)}")
     ruler.add_argument("--wrapper", default="base", help=f"chat wrapper: {', '.join(wrapper_names())}")
     ruler.add_argument("--splitter", default="untrained", help="sentence splitter for essays: untrained, english")
 
     bench = _benchmark(commands, "infinitebench", "the 12 InfiniteBench tasks", _infinitebench)
     bench.add_argument("--tasks", help="names separated by commas (default: all)")
-    bench.add_argument("--samples", type=int, help="most records per task (default: all)")
+    bench.add_argument("--samples", type=count(1), help="most records per task (default: all)")
     bench.add_argument("--template", default="yarn", help=f"template set: {', '.join(SETS)}")
     bench.add_argument("--rule", default="official", help=f"whose scorer: {', '.join(RULES)}")
 
     needle = _benchmark(commands, "needle", "needle in a haystack: heat map, or STRING's four needles", _needle)
-    needle.add_argument("--depths", type=int, default=10, help="depths of the heat map from 0 to 100%% (default: 10)")
-    needle.add_argument("--rounds", type=int, default=1, help="samples per cell (default: 1)")
+    needle.add_argument(
+        "--depths", type=count(1, 1000), default=10, help="depths of the heat map from 0 to 100%% (default: 10)"
+    )
+    needle.add_argument("--rounds", type=count(1, 100_000), default=1, help="samples per cell (default: 1)")
     needle.add_argument("--form", default="ruler", help=f"wording: {', '.join(FORMS)}")
-    needle.add_argument("--four", type=int, metavar="N", help="run N four-needle tests instead of the heat map")
+    needle.add_argument("--four", type=count(1), metavar="N", help="run N four-needle tests instead of the heat map")
     needle.add_argument("--text", help="haystack file instead of the essays or the packaged novel")
 
     ppl = _benchmark(commands, "perplexity", "perplexity of long text", _perplexity)
     ppl.add_argument("--text", help="text files separated by commas (default: the packaged novel)")
-    ppl.add_argument("--window", type=int, default=512, help="tokens scored per prefill (default: 512)")
+    ppl.add_argument("--window", type=count(1), default=512, help="tokens scored per prefill (default: 512)")
     ppl.add_argument("--protocol", default="tail", help=f"which tokens are scored: {', '.join(PROTOCOLS)}")
 
     speed = _benchmark(commands, "latency", "prefill and decode times over lengths", _latency)
-    speed.add_argument("--repeats", type=int, default=5, help="timed runs per length (default: 5)")
-    speed.add_argument("--warmups", type=int, default=1, help="untimed runs before (default: 1)")
-    speed.add_argument("--new-tokens", type=int, default=32, help="tokens generated; 1 times the prefill alone")
+    speed.add_argument("--repeats", type=count(1, 100_000), default=5, help="timed runs per length (default: 5)")
+    speed.add_argument("--warmups", type=count(0, 100_000), default=1, help="untimed runs before (default: 1)")
+    speed.add_argument("--new-tokens", type=count(1), default=32, help="tokens generated; 1 times the prefill alone")
     speed.add_argument("--baseline", help="a method of the run: adds columns with the ratio to it")
     speed.add_argument("--text", help="text file that is repeated (default: the packaged novel)")
 
     report = commands.add_parser("report", help="Markdown, plots and one HTML page from run folders")
     report.add_argument("folders", nargs="+", metavar="DIR")
-    report.add_argument("--out", help="folder for the report (default: the first DIR)")
+    report.add_argument("--out", type=output_folder, help="folder for the report (default: the first DIR)")
     report.set_defaults(run=lambda args, connect: _report(args))
 
     score = commands.add_parser("score", help="score predictions made elsewhere")
@@ -147,19 +126,22 @@ def _parser() -> argparse.ArgumentParser:
 def _benchmark(commands, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("--model", required=True, help="model name or folder")
-    parser.add_argument("--method", default="apb", help="attention methods separated by commas, or auto (default: apb)")
-    parser.add_argument("--seq", required=True, help="lengths in tokens separated by commas: 4k,8k")
-    parser.add_argument("--out", required=True, help="folder of the run; repeat the command to resume it")
+    parser.add_argument("--method", default="apb", help="attention methods separated by commas, or auto")
+    parser.add_argument("--seq", type=lengths, required=True, help="tokens, by commas: 4k,8k")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder; repeat the command to resume")
     parser.add_argument("--data", help="folder with the benchmark's data (see `python -m evals data`)")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=seed, default=42, help="of the samples")
     parser.add_argument("--set", action="append", default=[], metavar="METHOD.NAME=VALUE", help="option of a method")
     parser.add_argument("--weights", help="folder of other weights, or 'random'")
     parser.add_argument("--heads", help="file with retaining heads")
-    parser.add_argument("--dtype", help="bf16 or float32")
-    parser.add_argument("--sp", type=int, help="devices along the sequence (default: all)")
-    parser.add_argument("--tp", type=int, default=1, help="devices along the heads")
+    parser.add_argument("--dtype", type=one_of(("bf16", "float32")), help="bf16 or float32")
+    parser.add_argument("--sp", type=shards, help="devices along the sequence (default: all; 8 simulated)")
+    parser.add_argument("--tp", type=tensor_devices, default=1, help="devices along the heads")
     parser.add_argument(
-        "--shards", "--virtual-shards", type=int, help="parts of the document, a multiple of --sp (default: --sp)"
+        "--shards",
+        "--virtual-shards",
+        type=shards,
+        help="parts of the document, a multiple of --sp (default: --sp)",
     )
     parser.set_defaults(run=run)
     return parser
@@ -175,7 +157,7 @@ def _spec(args: argparse.Namespace) -> SystemSpec:
         if not found or found.group(1) not in methods:
             raise EvalError(f"--set {item!r}: expected METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
         options.setdefault(found.group(1), {})[found.group(2)] = _value(found.group(3))
-    where = (args.sp, args.tp, args.shards, max(parse_lengths(args.seq)))
+    where = (args.sp, args.tp, args.shards, max(args.seq))
     return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, *where)
 
 
@@ -186,36 +168,27 @@ def _value(text: str) -> Any:
         return text
 
 
-def _samples(args: argparse.Namespace) -> int | None:
-    if args.samples is not None and args.samples < 1:
-        raise EvalError(f"--samples must be at least 1, got {args.samples}")
-    return args.samples
-
-
 def _names(text: str | None, what: str, legal: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
     if text is None:
         return tuple(default)
     return tuple(dict.fromkeys(require_choice(what, name.strip(), legal) for name in text.split(",")))
 
 
-def _read_text(path: str | Path) -> str:
-    path = Path(path)
-    if not path.is_file():
-        raise EvalError(f"--text {path}: no such file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EvalError(f"--text {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
 def _haystack(args: argparse.Namespace) -> tuple[str, str]:
     """(text, name) of the haystack: --text, else the essays of --data, else the packaged novel."""
     if args.text:
-        return _read_text(args.text), Path(args.text).name
+        return read_text(args.text, "--text"), Path(args.text).name
     if args.data:
         path = corpus.find(args.data, "essays")
-        return parse_json(path.read_text(encoding="utf-8"))["text"], path.name
-    return _read_text(NOVEL), NOVEL.name
+        return _essays(path), path.name
+    return read_text(NOVEL, "the novel"), NOVEL.name
+
+
+def _essays(path: Path) -> str:
+    record = read_json(path, "--data")
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise EvalError(f'--data: {path} does not hold {{"text": ...}}')
+    return record["text"]
 
 
 # -- benchmarks -------------------------------------------------------------------------------------------------------
@@ -236,6 +209,8 @@ def _run_methods(args: argparse.Namespace, connect: Connect, benchmark: str, run
 def _run_task_benchmark(args, connect, benchmark: str, make_tasks: Callable[[System], list[Task]], samples) -> None:
     def run(system, path, console, method):
         tasks = make_tasks(system)
+        for task in tasks:  # before the folder holds anything
+            check_length(system, task.length, f"{task.name} at length {task.length}")
         with RunFolder(path, run_config(benchmark, system, tasks, samples)) as folder:
             return run_tasks(system, tasks, folder, samples=samples, console=console, label=method)
 
@@ -243,7 +218,7 @@ def _run_task_benchmark(args, connect, benchmark: str, make_tasks: Callable[[Sys
 
 
 def _ruler(args, connect: Connect) -> None:
-    samples, lengths = _samples(args) or 0, parse_lengths(args.seq)
+    samples, lengths = args.samples, args.seq
     names = _names(args.tasks, "RULER task", (*TASKS, *EXTRA_TASKS), ())
     if not names:
         names = TASKS if args.data else tuple(task for task in TASKS if needed_text(task) is None)
@@ -294,7 +269,7 @@ def _fits(task: Task, asked_for: bool) -> bool:
 
 
 def _infinitebench(args, connect: Connect) -> None:
-    samples, lengths = _samples(args), parse_lengths(args.seq)
+    samples, lengths = args.samples, args.seq
     names = _names(args.tasks, "InfiniteBench task", ib_records.TASKS, ib_records.TASKS)
 
     def make(tokens: Any) -> list[Task]:
@@ -309,11 +284,9 @@ def _infinitebench(args, connect: Connect) -> None:
 
 
 def _needle(args, connect: Connect) -> None:
-    lengths = parse_lengths(args.seq)
+    lengths = args.seq
     text, name = _haystack(args)
     depths = even_depths(args.depths)
-    if args.four is not None and args.four < 1:
-        raise EvalError(f"--four must be at least 1, got {args.four}")
 
     def make(tokens: Any) -> list[Task]:
         if args.four:
@@ -328,13 +301,13 @@ def _needle(args, connect: Connect) -> None:
 
 
 def _perplexity(args, connect: Connect) -> None:
-    lengths = parse_lengths(args.seq)
+    lengths = args.seq
     paths = args.text.split(",") if args.text else [NOVEL]
     stems = [Path(path).stem for path in paths]
     twice = [stem for stem in stems if stems.count(stem) > 1]
     if twice:
         raise EvalError(f"--text: {len(twice)} files are called {twice[0]!r}; rows go by that name, so rename one")
-    texts = {Path(path).stem: _read_text(path) for path in paths}
+    texts = {Path(path).stem: read_text(path, "--text") for path in paths}
 
     def make(tokens: Any) -> PerplexityPlan:
         return PerplexityPlan(tokens, texts, lengths, args.window, args.protocol)
@@ -352,9 +325,7 @@ def _perplexity(args, connect: Connect) -> None:
 
 def _latency(args, connect: Connect) -> None:
     path = Path(args.text) if args.text else NOVEL
-    plan = LatencyPlan(
-        _read_text(path), path.name, parse_lengths(args.seq), args.repeats, args.warmups, args.new_tokens
-    )
+    plan = LatencyPlan(read_text(path, "--text"), path.name, args.seq, args.repeats, args.warmups, args.new_tokens)
     spec = _spec(args)
     if args.baseline is not None:
         require_choice("baseline (a method of this run)", args.baseline, spec.methods)
@@ -366,7 +337,7 @@ def _latency(args, connect: Connect) -> None:
 
     metrics = _run_methods(args, connect, "latency", run)
     prefill = {method: {r["length"]: r["prefill_s"] for r in m["results"]} for method, m in metrics.items()}
-    (Path(args.out) / "res.csv").write_text(minference_table(prefill))
+    write_text(Path(args.out) / "res.csv", minference_table(prefill))
 
 
 def _plain_config(benchmark: str, system: System) -> dict[str, Any]:

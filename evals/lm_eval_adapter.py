@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_jax.errors import UserError
+from apb_jax.install import install_hint
 from evals.base import EvalError, Scored, SystemSpec
 from evals.ruler.prompt import split_prompt
 from evals.system import EngineSystem, connect
@@ -30,7 +31,7 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise EvalError("the adapter needs lm-evaluation-harness: pip install 'apb-jax[evals]'") from error
+    raise EvalError(f"the adapter needs lm-evaluation-harness: {install_hint('evals')}") from error
 
 log = logging.getLogger(__name__)
 
@@ -263,9 +264,5 @@ def main(argv: Sequence[str]) -> int:
     if "--include_path" not in argv:
         argv += ["--include_path", str(Path(__file__).parent / "lm_eval_tasks")]
     sys.argv = ["lm_eval", *argv]
-    try:
-        cli_evaluate()
-    except (EvalError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cli_evaluate()
     return 0

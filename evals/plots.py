@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from apb_jax.files import whole_file
+from apb_jax.install import install_hint
 from evals.base import EvalError
 from evals.tables import length_name, score_interval
 
@@ -42,11 +44,15 @@ _STYLE = {
 }
 
 
+class NoMatplotlib(EvalError):
+    """Pictures cannot be drawn here."""
+
+
 def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise EvalError("plots need matplotlib: pip install 'apb-jax[evals]'") from error
+        raise NoMatplotlib(f"plots need matplotlib: {install_hint('evals')}") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -72,7 +78,8 @@ class Sheet:
 def _save(plt, figure, sheet: Sheet) -> Path:
     figure.text(0.01, -0.01, sheet.note, ha="left", va="top", fontsize=10, color="#5b6470")
     path = sheet.path
-    figure.savefig(path, dpi=160, bbox_inches="tight")
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=160, bbox_inches="tight")
     plt.close(figure)
     return path
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apb_jax.errors import UserError
+from apb_jax.files import read_json, write_text
 from evals import plots
-from evals.base import EvalError
+from evals.base import UNSCORABLE, EvalError
 from evals.page import Block, Details, Heading, Paragraph, Picture, Section, to_html, to_markdown
 from evals.store import read_rows
 from evals.tables import Table, latency_table, length_name, perplexity_table, ruler_notes, score_tables
@@ -54,9 +56,17 @@ class Run:
     config: dict[str, Any]
     metrics: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        if self.benchmark not in _SECTIONS:
+            raise EvalError(f"{self.path}: unknown benchmark {self.benchmark!r}; there are: {', '.join(_SECTIONS)}")
+        if not isinstance(self.config.get("system"), dict):
+            raise EvalError(f"{self.path}: config.json does not say which system ran")
+        if not isinstance(self.metrics, dict) or not isinstance(self.metrics.get("results"), list):
+            raise EvalError(f"{self.path}: metrics.json holds no list of results")
+
     @property
     def benchmark(self) -> str:
-        return self.config["benchmark"]
+        return str(self.config["benchmark"])
 
     @property
     def model(self) -> str:
@@ -126,8 +136,8 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
             state = "runs without metrics yet" if found else "no run"
             raise EvalError(f"{folder}: {state} there (a run has config.json and metrics.json)")
         for path in complete:
-            config, metrics = (json.loads((path / name).read_text()) for name in ("config.json", "metrics.json"))
-            if "benchmark" in config:
+            config, metrics = (read_json(path / name, "run") for name in ("config.json", "metrics.json"))
+            if isinstance(config, dict) and "benchmark" in config:
                 runs.append(Run(path, config, metrics))
     return list({run.path.resolve(): run for run in runs}.values())
 
@@ -135,6 +145,16 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     """Write report.md, report.html and PNG plots into ``out``; returns their paths."""
     runs = find_runs(folders)
+    try:
+        return _write(runs, out)
+    except UserError:
+        raise
+    except UNSCORABLE as error:  # a field of another kind than a run writes
+        paths = ", ".join(str(run.path) for run in runs)
+        raise EvalError(f"a run is damaged ({type(error).__name__}: {error}); one of {paths}") from error
+
+
+def _write(runs: list[Run], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     runs.sort(key=lambda run: run.method != "full")  # the exact method first, and in the same colour everywhere
     groups: dict[tuple[str, str, str], list[Run]] = {}
@@ -155,8 +175,8 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     methods = ", ".join(dict.fromkeys(run.method for run in runs))
     lead = f"{len(runs)} runs; methods: {methods}"
     markdown, page = out / "report.md", out / "report.html"
-    markdown.write_text(to_markdown(title, lead, sections), encoding="utf-8")
-    page.write_text(to_html(title, lead, sections), encoding="utf-8")
+    write_text(markdown, to_markdown(title, lead, sections))
+    write_text(page, to_html(title, lead, sections))
     pictures = [block.path for s in sections for block in s.blocks if isinstance(block, Picture)]
     return [markdown, page, *pictures]
 
@@ -237,6 +257,14 @@ _HEADLINES = {
 }
 
 
+def _picture(draw: Callable[[Any, plots.Sheet], Path], data: Any, sheet: plots.Sheet, caption: str) -> list[Block]:
+    """The picture, or a line in its place where matplotlib is missing: the tables hold the same figures."""
+    try:
+        return [Picture(draw(data, sheet), caption)]
+    except plots.NoMatplotlib as error:
+        return [Paragraph(f"Without the picture ({caption}): {error}.")]
+
+
 def _metrics(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
     return {name: run.metrics for name, run in runs.items()}
 
@@ -247,14 +275,14 @@ def _score_blocks(title: str) -> Callable[[dict[str, Run], Draw], list[Block]]:
         means, tasks = score_tables(metrics)
         result: list[Block] = []
         if len(means.header) > 2:
-            path = plots.score_over_length(metrics, draw(f"{title}: mean score over length", "-length"))
-            result.append(Picture(path, "Mean score of each method over length"))
+            sheet = draw(f"{title}: mean score over length", "-length")
+            result += _picture(plots.score_over_length, metrics, sheet, "Mean score of each method over length")
         result += [Heading("Mean over tasks"), means, *_covered(metrics)]
         result += [Paragraph(note) for note in ruler_notes(metrics)]
         result += [Heading("Every task (mean score [95% Wilson interval])")]
         if len(tasks.header) > 3:  # task, one column, samples: the table says it all
-            path = plots.task_grid(metrics, draw(f"{title}: every task", "-tasks"))
-            result.append(Picture(path, "Score of every task"))
+            sheet = draw(f"{title}: every task", "-tasks")
+            result += _picture(plots.task_grid, metrics, sheet, "Score of every task")
         result.append(tasks)
         sizes = {(r["length"], m["tasks"]) for s in metrics.values() for r in s["results"] for m in [_mean(s, r)]}
         if len({tasks_run for _, tasks_run in sizes}) > 1:
@@ -295,30 +323,31 @@ def _needle_blocks(runs: dict[str, Run], draw: Draw) -> list[Block]:
                 sums.setdefault((row["length"], row["info"]["depth"]), []).append(row["score"])
         cells[name] = {cell: 100 * sum(scores) / len(scores) for cell, scores in sums.items()}
     if any(cells.values()):
-        path = plots.needle_heatmap(cells, draw("Needle in a haystack", ""))
-        picture = Picture(path, "Share of needles found by length and depth")
+        sheet, caption = draw("Needle in a haystack", ""), "Share of needles found by length and depth"
+        picture = _picture(plots.needle_heatmap, cells, sheet, caption)
     else:
-        path = plots.score_over_length(metrics, draw("Four needles: tests passed", ""))
-        picture = Picture(path, "Share of tests passed over length")
-    return [picture, Heading("Found (%)"), means]
+        sheet, caption = draw("Four needles: tests passed", ""), "Share of tests passed over length"
+        picture = _picture(plots.score_over_length, metrics, sheet, caption)
+    return [*picture, Heading("Found (%)"), means]
 
 
 def _latency_blocks(runs: dict[str, Run], draw: Draw) -> list[Block]:
     metrics = _metrics(runs)
     wanted = next((run.config.get("baseline") for run in runs.values() if run.config.get("baseline")), None)
-    path = plots.latency_over_length(metrics, draw("Latency over length", ""))
+    sheet = draw("Latency over length", "")
+    picture = _picture(plots.latency_over_length, metrics, sheet, "Prefill and decode times over length")
     first = next(iter(runs.values())).config
     note = (
         f"Mean of {first['repeats']} runs after {first['warmups']} untimed; timed: {first['timed']}. "
         "tok/s is the APB paper's: (prompt + generated tokens) / (prefill + decode seconds)."
     )
-    return [Picture(path, "Prefill and decode times over length"), latency_table(metrics, wanted), Paragraph(note)]
+    return [*picture, latency_table(metrics, wanted), Paragraph(note)]
 
 
 def _perplexity_blocks(runs: dict[str, Run], draw: Draw) -> list[Block]:
     metrics = _metrics(runs)
-    path = plots.perplexity_over_position(metrics, draw("Perplexity over position", ""))
-    return [Picture(path, "Perplexity of each method over position"), perplexity_table(metrics)]
+    sheet, caption = draw("Perplexity over position", ""), "Perplexity of each method over position"
+    return [*_picture(plots.perplexity_over_position, metrics, sheet, caption), perplexity_table(metrics)]
 
 
 _SECTIONS: dict[str, Callable[[dict[str, Run], Draw], list[Block]]] = {

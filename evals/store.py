@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from apb_jax.files import check_output_folder, read_json, write_json
 from evals.base import EvalError
 
 ROWS = "predictions.jsonl"
@@ -30,8 +31,9 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any], key: tuple[str, ...] = ("task", "length", "id")):
-        self.path = Path(path)
+        self.path = check_output_folder(path, "--out")
         self._key_fields = key
+        self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._file = (self.path / ROWS).open("a+b")
         try:
@@ -46,12 +48,20 @@ class RunFolder:
         except BaseException:
             self._file.close()
             raise
+        self._fresh = not self.done
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         self._file.close()
+        if kind is not None and self._fresh and not self.done:  # refused: the corrected command may use the folder
+            for name in ("config.json", "metrics.json", ROWS):
+                (self.path / name).unlink(missing_ok=True)
+            for folder in self._made:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
 
     def key(self, row: Mapping[str, Any]) -> tuple:
         return tuple(row[name] for name in self._key_fields)
@@ -75,7 +85,9 @@ class RunFolder:
         if not path.exists():
             write_json(path, config)
             return
-        old = json.loads(path.read_text())
+        old = read_json(path, "run")
+        if not isinstance(old, dict):
+            raise EvalError(f"{path} is not the configuration of a run; choose another --out")
         for name in sorted({*old, *config} - {*_MAY_DIFFER}):
             if old.get(name) != config.get(name):
                 raise EvalError(
@@ -110,14 +122,3 @@ def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError as error:
                 raise EvalError(f"{path}, line {number}: not a JSON object ({error}); the log was edited") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write the whole file or nothing."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -8,14 +8,13 @@ import numpy as np
 
 from apb_jax.errors import UserError
 from apb_jax.measure.plan import check_memory
+from apb_jax.options import DEFAULT_SIMULATED
 from apb_jax.prompt.pieces import begin_ids
 from evals.base import Completion, Scored, SystemSpec
 from evals.tokens import Tokens, as_tokens
 
 AUTO = "auto"
 """The method that is chosen for the longest prompt by what this machine measured."""
-SIMULATED = 4
-"""Simulated devices on a machine without an accelerator, unless --sp says otherwise."""
 
 
 class EngineSystem:
@@ -157,7 +156,7 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     if has_accelerator():
         reserve_memory()
     else:
-        simulate_devices((spec.sp or sequence_devices(SIMULATED, spec.shards)) * spec.tp)
+        simulate_devices((spec.sp or sequence_devices(DEFAULT_SIMULATED, spec.shards)) * spec.tp)
     import jax
 
     from apb_jax.attention.registry import MethodSpec

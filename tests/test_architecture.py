@@ -16,9 +16,13 @@ ORDER = [
         "apb_jax.errors",
         "apb_jax.json_text",
         "apb_jax.precision",
+        "apb_jax.files",
+        "apb_jax.arguments",
+        "apb_jax.command",
         "apb_jax.mesh",
         "apb_jax.rope",
         "apb_jax.compile_cache",
+        "apb_jax.install",
     ),
     ("apb_jax.model.weights", "apb_jax.model.families", "apb_jax.model.hf_keys", "apb_jax.model.config"),
     ("apb_jax.cache", "apb_jax.attention", "apb_jax.virtual"),
@@ -39,6 +43,7 @@ ORDER = [
         "apb_jax.plan",
         "apb_jax.doctor",
     ),
+    ("apb_jax.__main__",),
     ("converters", "evals"),
 ]
 """From the ground up: a file may import files of its own row and of those above it in this list, nothing else."""

@@ -16,8 +16,9 @@ import pytest
 from hf_checkpoints import tiny_config, write_checkpoint
 from rich.console import Console
 
+from apb_jax.arguments import length as parse_length
 from apb_jax.errors import UserError
-from apb_jax.options import RunConfig, parse, parse_length
+from apb_jax.options import RunConfig, parse
 from apb_jax.run import choose_devices, main
 
 
@@ -72,7 +73,7 @@ BAD = [
     ),
     ([*MODEL, "--sp", "7", "--slice-decode"], "7 devices do not divide the 32 query columns of the model; nearest"),
     ([*MODEL, "--sp", "0"], "--sp is 0; it must be between 1 and 1024"),
-    ([*MODEL, "--sp", "two"], "--sp is 'two'; it must be a number"),
+    ([*MODEL, "--sp", "two"], "--sp is 'two'; it must be a whole number, between 1 and 1024"),
     ([*MODEL, "--sp", "1", "--tp", "3"], "--tp 3 does not divide model's 2 KV heads; nearest legal choice: --tp 2"),
     (["--model", "llama3.1-9b"], "llama3.1-8b"),
     (["--model", "{dir}/nowhere"], "nowhere"),
@@ -101,12 +102,12 @@ BAD = [
     ([*MODEL, "--method", "ring", "--set", "zigzags=true"], "method 'ring' has no option 'zigzags'"),
     ([*MODEL, "--method", "streaming", "--sp", "2"], "runs on one shard, here are 2; nearest legal choice: --sp 1"),
     ([*MODEL, "--method", "auto", "--anchor", "4"], "--method auto decides itself"),
-    ([*MODEL, "--rope", "string", "--string-offset", "-1"], "--string-offset is -1.0"),
+    ([*MODEL, "--rope", "string", "--string-offset", "-1"], "--string-offset is -1; it must be above 0"),
     ([*MODEL, "--scorer", "magic"], "invalid choice: 'magic'"),
     ([*MODEL, "--kernels", "cudnn", "--sp", "2"], "nearest legal choice: --kernels auto"),
     ([*MODEL, "--kernels", "fast"], "invalid choice: 'fast'"),
     ([*MODEL, "--dtype", "fp8"], "invalid choice: 'fp8'"),
-    ([*MODEL, "--template", "chatml"], "unknown template 'chatml'; there are: llama3"),
+    ([*MODEL, "--template", "chatml"], "unknown template 'chatml'; there are: model, llama3"),
     ([*MODEL, "--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
     ([*MODEL, "--temperature", "-1"], "--temperature is -1; it must be at least 0"),
     ([*MODEL, "--top-p", "0"], "--top-p is 0; it must be between 0.0001 and 1"),

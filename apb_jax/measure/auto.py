@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ import jax
 
 from apb_jax.attention.method import Setup
 from apb_jax.attention.registry import METHODS
+from apb_jax.compile_cache import cache_folder
 from apb_jax.errors import UserError
-from apb_jax.json_text import parse_json
+from apb_jax.files import read_json, write_json
 from apb_jax.model.config import ModelConfig
 
 Longest = Callable[[str, int], int]
@@ -166,31 +166,33 @@ def _said(key: tuple[str, int]) -> str:
 
 def calibration_path(config: ModelConfig, dtype: str) -> Path:
     """Where the measurements of these shapes on this kind of device are kept."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apb_jax" / "calibration"
+    base = cache_folder()
+    if base is None:
+        raise UserError("this user has no home directory to keep measurements in; set XDG_CACHE_HOME")
     device = jax.devices()[0].device_kind
     shapes = (config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads)
     key = json.dumps([device, jax.__version__, dtype, *shapes, config.head_dim])
-    return base / f"{device.replace(' ', '-').lower()}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    name = f"{device.replace(' ', '-').lower()}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    return base / "calibration" / name
 
 
 def read_calibration(path: Path, model: str) -> Calibration:
     """What ``write_calibration`` stored; UserError with the command to run where there is nothing usable."""
-    try:
-        stored = parse_json(path.read_text())
-        return Calibration(stored["device"], tuple(Measurement(**row) for row in stored["rows"]))
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise UserError(
             f"--method auto needs measurements of this machine; run once: python -m apb_jax.calibrate --model {model}"
-        ) from error
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, UserError) as error:
+        )
+    try:
+        stored = read_json(path, "calibration")
+        return Calibration(str(stored["device"]), tuple(Measurement(**row) for row in stored["rows"]))
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a calibration ({error}); delete it and run python -m apb_jax.calibrate"
         ) from error
 
 
 def write_calibration(path: Path, device: str, rows: Sequence[Measurement]) -> None:
-    """Replace the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"device": device, "rows": [asdict(row) for row in rows]}, indent=1))
-    temporary.replace(path)
+    """Add rows to the file, in one step: a row of the same method, devices and length is replaced, others stay."""
+    kept: tuple[Measurement, ...] = read_calibration(path, "").rows if path.is_file() else ()
+    found = {(row.method, row.devices, row.tokens): row for row in (*kept, *rows)}
+    write_json(path, {"device": device, "rows": [asdict(row) for row in found.values()]})

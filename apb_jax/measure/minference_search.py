@@ -9,8 +9,6 @@ format, and ``--method minference`` reads it. As in the release, a winning strea
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from apb_jax import arguments
+from apb_jax.arguments import count, length, output_file
+from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
+from apb_jax.files import read_text, write_json
 
 Candidates = tuple[tuple[str, int, int], ...]
 CANDIDATES: Candidates = (
@@ -136,31 +138,27 @@ def search(engine: Any, document: Any, query: Any, skip_rows: int) -> list[dict[
     return [{str(h): choose(row).row() for h, row in enumerate(layer)} for layer in recalls]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command; see the module's text."""
-    from apb_jax.options import parse_length
-
-    parser = argparse.ArgumentParser(
-        prog="python -m apb_jax.measure.minference_search",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--seq", type=parse_length, default=4096, help="tokens of the generated sample (default: 4k)")
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m apb_jax.measure.minference_search", description=__doc__)
+    parser.add_argument("--model", default="tiny", help="preset, HF folder or HF id")
+    parser.add_argument("--seq", type=length, default=4096, help="tokens of the generated sample (default: 4k)")
     parser.add_argument("--document", type=Path, help="a text instead of the generated sample; its first --seq tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip-rows", type=int, default=SKIP_ROWS, help=f"rows left out of the recall ({SKIP_ROWS})")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(argv)
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the generated sample")
+    parser.add_argument("--skip-rows", type=count(0), default=SKIP_ROWS, help="rows left out of the recall")
+    parser.add_argument("--out", type=output_file, required=True, help="JSON file of the patterns")
+    return parser
+
+
+@command("python -m apb_jax.measure.minference_search")
+def main(argv: list[str]) -> None:
+    """The command; see the module's text."""
+    args = make_parser().parse_args(argv)
     if not 0 <= args.skip_rows < args.seq:
         raise UserError(
             f"--skip-rows is {args.skip_rows}; it must lie in 0..{args.seq - 1} (the sample has {args.seq})"
         )
-    if args.document is not None and not args.document.is_file():
-        raise UserError(f"--document {args.document}: no such file")
-    if not args.out.parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
-
+    text = None if args.document is None else read_text(args.document, "--document")
     import apb_jax
     from apb_jax.synthetic.needle import needle_prompt
 
@@ -168,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     engine = apb_jax.Engine(model, "full", apb_jax.make_mesh(sp=1))
     if model.tokenizer is None:
         raise UserError(f"model {args.model} has no tokenizer; the search needs a text")
-    if args.document is not None:
-        prompt = engine.prompt(args.document.read_text(encoding="utf-8"), "?")
+    if text is not None:
+        prompt = engine.prompt(text, "?")
     else:
         sample = needle_prompt(model.tokenizer, args.seq - 64, "8675309", 0.5, args.seed)
         prompt = engine.prompt(sample.document, sample.query)
@@ -180,14 +178,9 @@ def main(argv: list[str] | None = None) -> None:
             f"the sample has {rows} rows, --skip-rows {args.skip_rows} leaves none; give --skip-rows {rows // 2}"
         )
     patterns = search(engine, document, prompt.query, args.skip_rows)
-    args.out.write_text(json.dumps(patterns))
-    count = sum(map(len, patterns))
-    print(f"{count} heads searched on {len(document) + len(prompt.query)} tokens, patterns written to {args.out}")
+    write_json(args.out, patterns, None)
+    print(f"{sum(map(len, patterns))} heads searched on {len(document) + len(prompt.query)} tokens: {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from apb_jax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -39,6 +41,9 @@ def receipt(
     """Compare logits [rows, V] of the same rows, and two freely generated answers."""
     if logits.shape != reference_logits.shape:
         raise ValueError(f"logits of {logits.shape} and {reference_logits.shape} are not of the same rows")
+    for whose, given in (("the method's", logits), ("the reference's", reference_logits)):
+        if not np.isfinite(given).all():
+            raise UserError(f"{whose} logits hold NaN or infinity: there is no receipt over them; check the weights")
     ours, theirs = log_softmax(logits), log_softmax(reference_logits)
     kl = (np.exp(theirs) * (theirs - ours)).sum(axis=-1)
     longest = max(len(tokens), len(reference_tokens), 1)

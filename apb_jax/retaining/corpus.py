@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from apb_jax.errors import UserError
+from apb_jax.files import read_text
 from apb_jax.json_text import parse_json
 from apb_jax.prompt.codec import PromptCodec
 
@@ -64,9 +65,10 @@ def parse_record(record: Any, where: str) -> Record:
     for field, who, what in (("conversations", "from", "value"), ("messages", "role", "content")):
         turns = record.get(field)
         if isinstance(turns, list):
-            asked = next((t[what] for t in turns if t.get(who) in ASKING), None)
-            reply = next((t[what] for t in turns if t.get(who) in REPLYING), None)
-            if not asked or not reply:
+            said = [(t.get(who), t.get(what)) for t in turns if isinstance(t, Mapping)]
+            asked = next((text for speaker, text in said if speaker in ASKING), None)
+            reply = next((text for speaker, text in said if speaker in REPLYING), None)
+            if not (isinstance(asked, str) and asked and isinstance(reply, str) and reply):
                 raise UserError(f"{where}: {field} hold no turn of {ASKING[0]} and {REPLYING[0]} with text")
             return Record(asked, None, reply)
     document, answer = _first(record, DOCUMENT), _first(record, ANSWER)
@@ -82,12 +84,7 @@ def parse_record(record: Any, where: str) -> Record:
 
 def read_records(path: Path) -> list[Record]:
     """All records of a .jsonl, .json or text file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    text = read_text(path, "--data")
     if not text.strip():
         raise UserError(f"{path} is empty")
     try:
@@ -100,6 +97,8 @@ def read_records(path: Path) -> list[Record]:
             return [parse_record(item, f"{path} record {i}") for i, item in enumerate(items)]
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not {path.suffix[1:].upper()}: {error.msg} in line {error.lineno}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} nests deeper than a record does") from error
     return [Record(text, None, None)]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
+from apb_jax import arguments
+from apb_jax.arguments import count, number, one_of, output_file
+from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
+from apb_jax.files import read_json, whole_file, write_json
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.heads import RetainingHead
 from apb_jax.prompt.codec import PromptCodec
@@ -59,8 +64,11 @@ class Recipe:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.warmup < self.steps:
             raise UserError(f"warmup is {self.warmup}; it must be at least 0 and below the {self.steps} steps")
-        if self.learning_rate <= 0:
+        if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning rate is {self.learning_rate}; it must be above 0 (the papers: 5e-4)")
+        for name in ("smoothing", "clip", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0, and finite")
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW under the schedule, on gradients clipped element by element."""
@@ -137,7 +145,9 @@ class Checkpoints:
         self.folder, self.every = folder.absolute(), every
         self._card = self.folder / "run.json"
         if self._card.exists():
-            found = json.loads(self._card.read_text(encoding="utf-8"))
+            found = read_json(self._card, "the checkpoints' card")
+            if not isinstance(found, dict):
+                raise UserError(f"{self._card} is damaged; give --restart or another --out")
             other = sorted(k for k in run if found.get(k) != run[k])
             if other:
                 raise UserError(
@@ -145,8 +155,7 @@ class Checkpoints:
                     "give --restart or another --out"
                 )
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._card.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+            write_json(self._card, run)
         self._manager = ocp.CheckpointManager(
             self.folder / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         )
@@ -238,8 +247,6 @@ def run(args: argparse.Namespace, console: Console) -> None:
     """The command behind ``main``."""
     if not args.data and not args.dataset:
         raise UserError("no corpus: give --data FILE... or --dataset NAME")
-    if args.save_every < 1:
-        raise UserError(f"--save-every is {args.save_every}; it must be at least 1")
     recipe = Recipe(args.hidden, args.steps, args.warmup, args.learning_rate, args.smoothing, seed=args.seed)
     records = [r for path in args.data for r in read_records(path)]
     if args.dataset:
@@ -261,48 +268,56 @@ def run(args: argparse.Namespace, console: Console) -> None:
         heads, log = train(model, corpus, recipe, checkpoints, console)
     finally:
         checkpoints.close()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_name(args.out.name + ".part")
     metadata = {"format": "pt", "recipe": json.dumps(card), "device": device, "jax": jax.__version__}
     metadata |= {"final": json.dumps(log[-1])} if log else {}
-    save_file(hf_heads(heads), part, metadata=metadata)
-    part.replace(args.out)
+    tensors = hf_heads(heads)
+    if not all(np.isfinite(tensor.astype(np.float32)).all() for tensor in tensors.values()):
+        raise UserError("the trained heads hold values that are not finite; try a smaller --learning-rate")
+    with whole_file(args.out) as part:
+        save_file(tensors, part, metadata=metadata)
     if log:
         console.print(f"loss {log[-1]['loss']:.4f}, top-10% overlap {log[-1]['overlap']:.1%}: {args.out}")
     if args.log:
-        args.log.write_text(json.dumps({"run": card, "log": log}, indent=1) + "\n", encoding="utf-8")
+        write_json(args.log, {"run": card, "log": log})
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; 0, or 2 after one line about bad input."""
-    parser = argparse.ArgumentParser(prog="python -m apb_jax.retaining.train", description=__doc__)
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m apb_jax.retaining.train", description=__doc__)
     parser.add_argument("--model", required=True, help="preset, HF folder or HF id")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="text, .json or .jsonl files")
     parser.add_argument("--dataset", help="a data set for datasets.load_dataset")
-    parser.add_argument("--split", default="train", help="its split (default: train)")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file of the heads")
-    parser.add_argument("--hidden", type=int, default=1024, help="width F of the heads (default: 1024)")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--warmup", type=int, default=300, help="warm-up steps (APB: 300, Locret: 2000)")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--smoothing", type=float, default=0.0025)
-    parser.add_argument("--max-length", type=int, default=10240, help="tokens of a prompt at most")
-    parser.add_argument("--max-answer", type=int, default=1024, help="tokens of an answer at most, question included")
+    parser.add_argument("--split", default="train", help="its split")
+    parser.add_argument("--out", type=output_file, required=True, help="safetensors file of the heads")
+    parser.add_argument("--hidden", type=count(1, 65536), default=1024, help="width F of the heads")
+    parser.add_argument("--steps", type=count(1), default=3000, help="samples to train on, one a step")
+    parser.add_argument("--warmup", type=count(0), default=300, help="warm-up steps (APB: 300, Locret: 2000)")
+    parser.add_argument("--learning-rate", type=number(float, 0, 1, above=True), default=5e-4, help="its highest")
+    parser.add_argument("--smoothing", type=number(float, 0), default=0.0025, help="weight of the scores' smoothness")
+    parser.add_argument("--max-length", type=count(16), default=10240, help="tokens of a prompt at most")
+    parser.add_argument("--max-answer", type=count(1), default=1024, help="tokens of an answer, question included")
     parser.add_argument(
-        "--embed-share", type=float, default=1.0, help="share of questions that also stand in front, as in APB's anchor"
+        "--embed-share",
+        type=number(float, 0, 1),
+        default=1.0,
+        help="share of questions that also stand in front, as in APB's anchor",
     )
-    parser.add_argument("--dtype", help="of the frozen model (default: bf16 on a GPU, float32 elsewhere)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument(
+        "--dtype",
+        type=one_of(("bf16", "float32")),
+        help="of the frozen model (default: bf16 on a GPU, float32 elsewhere)",
+    )
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the heads and the order of samples")
+    parser.add_argument("--save-every", type=count(1), default=50, help="steps between checkpoints")
     parser.add_argument("--restart", action="store_true", help="throw away checkpoints of an earlier run")
-    parser.add_argument("--log", type=Path, help="JSON file for loss and overlap over the steps")
-    args = parser.parse_args(argv)
-    try:
-        run(args, Console(stderr=True))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--log", type=output_file, help="JSON file for loss and overlap over the steps")
+    return parser
+
+
+@command("python -m apb_jax.retaining.train", resumes="; the same command goes on from its last checkpoint")
+def main(argv: list[str]) -> None:
+    """The command; see the module's text."""
+    run(make_parser().parse_args(argv), Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import socket
 import sys
 from typing import Any
 
+from apb_jax.command import fail
 from apb_jax.errors import UserError
-from apb_jax.run import fail
 from apb_jax.serve.options import ServeConfig, parse
 
 

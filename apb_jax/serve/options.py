@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apb_jax.arguments import number
+from apb_jax.command import Parser
 from apb_jax.errors import UserError
-from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _number, _Parser, _setting
+from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _setting
 from apb_jax.prompt.style import parse_separator, parse_template_arg
 
 DEFAULT = "default"
@@ -64,7 +66,7 @@ class ServeConfig:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of ``python -m apb_jax.serve``."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m apb_jax.serve",
         description="Serve a model over HTTP: documents are prefilled once and asked often. OpenAI's API under /v1, "
         "a page to ask in at /.",
@@ -87,13 +89,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("mesh and method")
     group.add_argument(
-        "--sp", type=_number(int, "--sp", 1, 1024), metavar="N",
+        "--sp", type=number(int, 1, 1024), metavar="N",
         help="devices on the sequence axis (default: all GPUs; without a GPU one CPU device)",
     )  # fmt: skip
-    group.add_argument("--tp", type=_number(int, "--tp", 1, 64), default=1, metavar="M", help="on the tensor axis")
-    group.add_argument(
-        "--shards", type=_number(int, "--shards", 1, 1024), metavar="N", help="parts of a document (default: --sp)"
-    )
+    group.add_argument("--tp", type=number(int, 1, 64), default=1, metavar="M", help="on the tensor axis")
+    group.add_argument("--shards", type=number(int, 1, 1024), metavar="N", help="parts of a document (default: --sp)")
     group.add_argument("--placement", choices=PLACEMENTS, default="contiguous", help="shards of a device")
     group.add_argument("--slice-decode", action="store_true", help="decode with 1/sp of the weights on each device")
     group.add_argument(
@@ -105,28 +105,26 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    group.add_argument(
-        "--port", type=_number(int, "--port", 0, 65535), default=8000, help="0: a free one (default: 8000)"
-    )
+    group.add_argument("--port", type=number(int, 0, 65535), default=8000, help="0: a free one (default: 8000)")
     group.add_argument("--api-key-file", metavar="FILE", help="keys that clients must send, one a line")
     group.add_argument("--max-body", type=parse_bytes, default=64 << 20, metavar="SIZE", help="default: 64M")
-    group.add_argument("--queue", type=_number(int, "--queue", 1, 100_000), default=64, help="requests that may wait")
-    group.add_argument("--answers", type=_number(int, "--answers", 1, 1024), default=8, help="decoded in turn")
+    group.add_argument("--queue", type=number(int, 1, 100_000), default=64, help="requests that may wait")
+    group.add_argument("--answers", type=number(int, 1, 1024), default=8, help="decoded in turn")
     group.add_argument(
         "--device-bytes", type=parse_bytes, metavar="SIZE",
         help="sessions kept on the devices (default: 40%% of the memory that is free behind the weights; 2G on CPUs)",
     )  # fmt: skip
     group.add_argument(
-        "--max-new-tokens", type=_number(int, "--max-new-tokens", 1), default=512, metavar="N",
+        "--max-new-tokens", type=number(int, 1), default=512, metavar="N",
         help="where a request says nothing (default: 512)",
     )  # fmt: skip
     group.add_argument(
-        "--temperature", type=_number(float, "--temperature", 0, 2), default=0.0,
+        "--temperature", type=number(float, 0, 2), default=0.0,
         help="where a request says nothing (default: 0, greedy)",
     )  # fmt: skip
     group.add_argument("--cors-origin", action="append", default=[], metavar="URL", help="a page that may ask too")
     group.add_argument(
-        "--grace", type=_number(float, "--grace", 0, 86400), default=30.0, metavar="S",
+        "--grace", type=number(float, 0, 86400), default=30.0, metavar="S",
         help="seconds that running answers get after Ctrl-C or SIGTERM (default: 30)",
     )  # fmt: skip
     return parser

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from apb_jax.errors import UserError
-from apb_jax.json_text import parse_json
+from apb_jax.files import read_json
+from apb_jax.files import read_text as read_text_file
 from apb_jax.synthetic.packaged import FILLER, NOVEL
 
 MAX_WORDS = 28
@@ -63,19 +63,16 @@ def novel() -> Haystack:
 
 def read_text(path: Path) -> str:
     """Text of a data file: plain text, JSON ``{"text": ...}``, or the layout of SQuAD."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return text
-        record = parse_json(text)
-    except OSError as error:
-        raise UserError(f"cannot read data file {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"data file {path} is not UTF-8 text or JSON: {error}") from error
+    if path.suffix != ".json":
+        return read_text_file(path, "data file")
+    record = read_json(path, "data file")
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"]
     if isinstance(record, dict) and isinstance(record.get("data"), list):
-        return "\n".join(p["context"] for article in record["data"] for p in article["paragraphs"])
+        try:
+            return "\n".join(p["context"] for article in record["data"] for p in article["paragraphs"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"data file {path} is damaged: SQuAD's {error} is not as it should be") from error
     raise UserError(f'data file {path} holds neither {{"text": ...}} nor the layout of SQuAD')
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gc
 import multiprocessing as mp
+import os
 import queue
+import signal
+import threading
+import time
 import traceback
 from collections import deque
 from types import TracebackType
@@ -15,7 +19,19 @@ from apb_jax.synthetic.haystack import Haystack
 from apb_jax.tiny.rows import Rows, make_rows, training_world
 
 
-def _work(requests: Any, results: Any, encoder: Encoder, haystacks: tuple[Haystack, ...], limit: int) -> None:
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
+
+
+def _work(
+    requests: Any, results: Any, encoder: Encoder, haystacks: tuple[Haystack, ...], limit: int, parent: int
+) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's handlers came along with the fork
+        signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     gc.disable()  # samples hold no cycles, and collecting costs more than making them
     while (request := requests.get()) is not None:
         index, seed, rows, length = request
@@ -40,7 +56,9 @@ class BatchWorkers:
         self._ready: dict[int, Rows] = {}
         self._processes = [
             context.Process(
-                target=_work, args=(self._requests, self._results, encoder, haystacks, max_positions), daemon=True
+                target=_work,
+                args=(self._requests, self._results, encoder, haystacks, max_positions, os.getpid()),
+                daemon=True,
             )
             for _ in range(workers)
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from apb_jax.arguments import count, output_file, seed
+from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
+from apb_jax.files import whole_file
 from apb_jax.synthetic.encoder import Encoder
 from apb_jax.synthetic.haystack import filler, novel, read_text, split_held_out
 from apb_jax.synthetic.sample import text_of
@@ -24,18 +26,18 @@ SHARES = {
 """Share of records per task."""
 
 
-def write_corpus(out: Path, data: list[Path], count: int, lengths: list[int], seed: int) -> None:
-    """``count`` records {"task", "document", "query", "answer"}, training words, documents of random ``lengths``."""
-    if count < 1 or min(lengths, default=0) < 256:
-        raise UserError(f"count is {count} and lengths are {lengths}; needed: at least 1 record of at least 256 tokens")
+def write_corpus(out: Path, data: list[Path], records: int, lengths: list[int], seed: int) -> None:
+    """``records`` records {"task", "document", "query", "answer"}, training words, documents of random ``lengths``."""
+    if records < 1 or min(lengths, default=0) < 256:
+        raise UserError(f"count is {records}, lengths are {lengths}; needed: at least 1 record of 256 tokens")
     haystacks = (filler(), novel(), *(split_held_out(read_text(path))[0] for path in data))
     encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(FOLDER))
     world = World(
         np.random.default_rng(seed), encoder, vocabulary(held_out=False), haystacks, varied=True, bare_questions=True
     )
     shares = np.asarray(list(SHARES.values())) / sum(SHARES.values())
-    with out.open("w", encoding="utf-8") as file:
-        for _ in range(count):
+    with whole_file(out) as part, part.open("w", encoding="utf-8") as file:
+        for _ in range(records):
             task = str(world.rng.choice(list(SHARES), p=shares))
             sample = TASKS[task](world, int(world.rng.choice(lengths)) - 1)
             question = sample.questions[0]
@@ -48,21 +50,22 @@ def write_corpus(out: Path, data: list[Path], count: int, lengths: list[int], se
             file.write(json.dumps(record) + "\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; 0, or 2 after one line about bad input."""
-    parser = argparse.ArgumentParser(prog="python -m apb_jax.tiny.corpus", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m apb_jax.tiny.corpus", description=__doc__)
+    parser.add_argument("--out", type=output_file, required=True, help="the .jsonl file")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="real text, as for apb_jax.tiny.train")
-    parser.add_argument("--count", type=int, default=3000)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[900, 1900, 3900])
-    parser.add_argument("--seed", type=int, default=7)
-    args = parser.parse_args(argv)
-    try:
-        write_corpus(args.out, args.data, args.count, args.lengths, args.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--count", type=count(1), default=3000, help="records")
+    parser.add_argument("--lengths", type=count(256, 32768), nargs="+", default=[900, 1900, 3900], help="of documents")
+    parser.add_argument("--seed", type=seed, default=7, help="of the samples")
+    return parser
+
+
+@command("python -m apb_jax.tiny.corpus")
+def main(argv: list[str]) -> None:
+    """The command; see the module's text."""
+    args = make_parser().parse_args(argv)
+    write_corpus(args.out, args.data, args.count, args.lengths, args.seed)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ in DIR already is not measured again, so a killed run goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -23,10 +22,13 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 import apb_jax
+from apb_jax.arguments import count, one_of, output_folder, seed, shards
 from apb_jax.attention import AttentionMethod
 from apb_jax.attention.registry import METHODS as REGISTRY
 from apb_jax.attention.registry import MethodSpec
+from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
+from apb_jax.files import read_json, write_json, write_text
 from apb_jax.retaining.train import hf_heads, initial_heads
 from apb_jax.synthetic.encoder import Encoder
 from apb_jax.synthetic.grading import is_correct, wilson
@@ -146,17 +148,25 @@ def share(cell: dict[str, Any]) -> str:
     return f"{100 * cell['correct'] / cell['count']:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
+def check_cells(report: Any, path: Path) -> None:
+    """Refuse a file of cells that this command did not write."""
+    cells = report.get("cells") if isinstance(report, dict) else None
+    if not isinstance(cells, dict):
+        raise UserError(f"{path} holds no cells; choose another --out")
+    for name, cell in cells.items():
+        if not _whole_cell(cell):
+            raise UserError(f"{path}: the cell {name!r} is damaged; remove it, or choose another --out")
+
+
+def _whole_cell(cell: Any) -> bool:
+    if not isinstance(cell, dict) or not all(isinstance(cell.get(field), str) for field in ("method", "task")):
+        return False
+    tokens, correct, samples = (cell.get(field, -1) for field in ("tokens", "correct", "count"))
+    return all(type(n) is int for n in (tokens, correct, samples)) and 0 <= correct <= samples and samples > 0
+
+
 def run(args: argparse.Namespace, console: Console) -> None:
     """The command behind ``main``."""
-    for name, known, chosen in (("method", METHODS, args.methods), ("task", tuple(TASKS), args.tasks)):
-        unknown = [x for x in chosen if x not in known]
-        if unknown:
-            raise UserError(f"unknown {name} {unknown[0]!r}; there are: {', '.join(known)}")
-    if args.samples < 1 or args.batch < 1 or min(args.lengths) < 512:
-        raise UserError(
-            f"--samples is {args.samples}, --batch {args.batch}, --lengths {args.lengths}; "
-            "needed: at least 1, at least 1, at least 512 tokens"
-        )
     model = apb_jax.load(args.model, heads=args.heads, dtype=args.dtype)
     if model.tokenizer is None:
         raise UserError(f"model {args.model} has no tokenizer; the tasks are text")
@@ -176,7 +186,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     path = args.out / "cells.json"
     report: dict[str, Any] = {"cells": {}}
     if path.exists():
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path, "cells")
+        check_cells(report, path)
     cells = report["cells"]
     measured_on = {
         "device": jax.devices()[0].device_kind,
@@ -209,35 +220,37 @@ def run(args: argparse.Namespace, console: Console) -> None:
                     **measured_on,
                 }  # fmt: skip
                 console.print(f"{name:32s} {correct}/{len(texts)}  {cells[name]['seconds']} s", highlight=False)
-                path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-                (args.out / "table.md").write_text(markdown(cells), encoding="utf-8")
+                write_json(path, report)
+                write_text(args.out / "table.md", markdown(cells))
     print(markdown(cells))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; 0, or 2 after one line about bad input."""
-    parser = argparse.ArgumentParser(prog="python -m apb_jax.tiny.evaluate", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for cells.json and table.md")
-    parser.add_argument("--model", default="tiny")
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m apb_jax.tiny.evaluate", description=__doc__)
+    parser.add_argument("--out", type=output_folder, required=True, help="folder for cells.json and table.md")
+    parser.add_argument("--model", default="tiny", help="preset or folder")
     parser.add_argument("--heads", type=Path, help="other retaining heads than the model's own")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="real text, as for apb_jax.tiny.train")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=", ".join(METHODS))
-    parser.add_argument("--tasks", nargs="+", default=list(CARD_TASKS), help=", ".join(TASKS))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
-    parser.add_argument("--samples", type=int, default=64, help="per cell")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--sp", type=int, default=8, help="shards")
-    parser.add_argument("--anchor", type=int, help="anchor tokens (default: a quarter of a block)")
-    parser.add_argument("--passing", type=int, help="passing tokens (default: an eighth of a block)")
-    parser.add_argument("--dtype", help="of the model (default: bf16 on a GPU, float32 elsewhere)")
-    parser.add_argument("--seed", type=int, default=2_000_000)
-    args = parser.parse_args(argv)
-    try:
-        run(args, Console(stderr=True))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), type=one_of(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--tasks", nargs="+", default=list(CARD_TASKS), type=one_of(TASKS), help=", ".join(TASKS))
+    parser.add_argument("--lengths", type=count(512), nargs="+", default=[4096, 8192], help="tokens of documents")
+    parser.add_argument("--samples", type=count(1), default=64, help="per cell")
+    parser.add_argument("--batch", type=count(1, 65536), default=16, help="documents at once")
+    parser.add_argument("--sp", type=shards, default=8, help="shards")
+    parser.add_argument("--anchor", type=count(0), help="anchor tokens (default: a quarter of a block)")
+    parser.add_argument("--passing", type=count(0), help="passing tokens (default: an eighth of a block)")
+    parser.add_argument(
+        "--dtype", type=one_of(("bf16", "float32")), help="of the model (default: bf16 on a GPU, float32 elsewhere)"
+    )
+    parser.add_argument("--seed", type=seed, default=2_000_000, help="of the samples")
+    return parser
+
+
+@command("python -m apb_jax.tiny.evaluate", resumes="; the same command goes on with the next cell")
+def main(argv: list[str]) -> None:
+    """The command; see the module's text."""
+    run(make_parser().parse_args(argv), Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
 from apb_jax.attention.inputs import LayerInputs
+from apb_jax.files import whole_file, write_json
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.transformer import Transformer
 from apb_jax.rope.default import DefaultRope
@@ -167,11 +167,8 @@ def from_hf_tensors(tensors: dict[str, np.ndarray], config: ModelConfig) -> tupl
 
 def save_checkpoint(folder: Path, graph: nnx.GraphDef, weights: nnx.State, config: ModelConfig = CONFIG) -> None:
     """model.safetensors (bfloat16), config.json and generation_config.json; written whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "model.safetensors.part"
-    save_file(hf_tensors(graph, weights), part, metadata={"format": "pt"})
-    part.replace(folder / "model.safetensors")
-    hf = config.to_hf() | {"dtype": "bfloat16", "pad_token_id": 2}
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / "model.safetensors") as part:
+        save_file(hf_tensors(graph, weights), part, metadata={"format": "pt"})
+    write_json(folder / "config.json", config.to_hf() | {"dtype": "bfloat16", "pad_token_id": 2}, 2)
     generation = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_ids[0], "do_sample": False}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "generation_config.json", generation, 2)

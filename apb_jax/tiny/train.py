@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import deque
@@ -15,7 +14,11 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerFast
 
+from apb_jax import arguments
+from apb_jax.arguments import count, number, output_folder
+from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
+from apb_jax.files import write_json
 from apb_jax.synthetic.encoder import Encoder
 from apb_jax.synthetic.haystack import Haystack, filler, novel, read_text, split_held_out
 from apb_jax.synthetic.sample import text_of
@@ -96,6 +99,9 @@ def _train(args: argparse.Namespace, console: Console) -> None:
     haystacks = (filler(), novel(), *train_parts)
     began = time.perf_counter()
     if args.start_from:
+        missing = [name for name in ("model.safetensors", "tokenizer.json") if not (args.start_from / name).is_file()]
+        if missing:
+            raise UserError(f"--start-from {args.start_from} holds no {missing[0]}; give a folder of this command")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start_from)
     else:
         tokenizer = train_tokenizer(tokenizer_texts(haystacks))
@@ -195,38 +201,40 @@ def _train(args: argparse.Namespace, console: Console) -> None:
         summary["exact_match"] = _evaluate(graph, weights, world, args.evaluate, args.eval_rows)
         for task, row in summary["exact_match"].items():
             console.print(f"{task:12s}" + "".join(f"  {n}: {100 * v:5.1f}" for n, v in row.items()), highlight=False)
-    (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out / "training.json", summary)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; 0, or 2 after one line about bad input."""
-    parser = argparse.ArgumentParser(prog="python -m apb_jax.tiny.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m apb_jax.tiny.train", description=__doc__)
+    parser.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint")
     parser.add_argument(
         "--data", type=Path, nargs="*", default=[], help="real text: .txt, or .json with a text field or SQuAD's layout"
     )
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--minutes", type=float, help="training time")
-    budget.add_argument("--steps", type=int, help="training steps")
+    budget.add_argument("--minutes", type=number(float, 0, 1e6, above=True), help="training time")
+    budget.add_argument("--steps", type=count(1), help="training steps")
     parser.add_argument("--start-from", type=Path, help="go on from this checkpoint folder (its tokenizer is kept)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes that make batches")
-    parser.add_argument("--lengths", type=int, nargs="*", help="only these row lengths of the curriculum")
-    parser.add_argument("--batch-scale", type=float, default=1.0, help="tokens of a step, times this")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of weights and samples")
+    parser.add_argument("--workers", type=count(1, 256), default=2, help="processes that make batches")
+    parser.add_argument("--lengths", type=count(256, 32768), nargs="*", help="only these row lengths")
     parser.add_argument(
-        "--evaluate", type=int, nargs="*", help="afterwards: exact match with full attention at these lengths"
+        "--batch-scale", type=number(float, 0, 1024, above=True), default=1.0, help="tokens of a step, times this"
     )
-    parser.add_argument("--eval-rows", type=int, default=64, help="samples per task and length")
-    args = parser.parse_args(argv)
-    console = Console(stderr=True)
-    try:
-        if (args.minutes or args.steps) <= 0:
-            raise UserError(f"the training budget is {args.minutes or args.steps}; it must be above 0")
-        _train(args, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument(
+        "--evaluate",
+        type=count(512, 32768),
+        nargs="*",
+        help="afterwards: exact match with full attention at these lengths",
+    )
+    parser.add_argument("--eval-rows", type=count(1), default=64, help="samples per task and length")
+    return parser
+
+
+@command("python -m apb_jax.tiny.train")
+def main(argv: list[str]) -> None:
+    """The command; see the module's text."""
+    _train(make_parser().parse_args(argv), Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.transformer import Transformer
 from apb_jax.model.weights import partition_specs
+from apb_jax.weights.finite import check_finite
 from apb_jax.weights.folding import fold, why_not
 from apb_jax.weights.generation_config import read_stop_ids
 from apb_jax.weights.gguf_file import read_gguf
@@ -131,9 +132,11 @@ class LoadedModel:
         shardings = self.shardings(mesh)
         if not self.fold_heads or self.source.folded:
             arrays = self.source.place(self, shardings, progress)
+            check_finite(arrays, self.name)
         else:
             plain = replace(self, fold_heads=False)
             arrays = plain.source.place(plain, plain.shardings(mesh), progress)
+            check_finite(arrays, self.name)
             arrays |= fold(arrays, self.shapes(), shardings)
         state = self._abstract[1]
         return nnx.from_flat_state(

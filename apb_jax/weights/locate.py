@@ -57,9 +57,9 @@ def locate(name: str | Path, *, weights_needed: bool = True) -> Located:
         return Located(text, _hub_model(preset.hub_id, text, weights_needed), preset, preset.hub_id)
     folder = Path(text).expanduser()
     if folder.is_dir():
-        return Located(folder.absolute().name, _checked(folder))
+        return Located(own_name(folder), _checked(folder))
     if is_gguf(folder):
-        return Located(folder.stem, folder)
+        return Located(own_name(folder.with_suffix("")), folder)
     if folder.exists():
         raise UserError(f"model {text!r} is a file and no GGUF; give the folder that holds config.json")
     if HUB_ID.fullmatch(text) and not text.startswith("."):
@@ -70,6 +70,12 @@ def locate(name: str | Path, *, weights_needed: bool = True) -> Located:
         f"model {text!r} is no preset ({', '.join(names)}), no folder, no GGUF file, and no hub id (owner/name)"
         + (f"; did you mean {close[0]!r}?" if close else "")
     )
+
+
+def own_name(folder: Path) -> str:
+    """A user's folder by its name; one that is called like a preset keeps a path, so that it gets nothing of it."""
+    name = folder.absolute().name
+    return f"./{name}" if name in MODELS or name in PACKAGED else name
 
 
 def is_orbax(folder: Path) -> bool:

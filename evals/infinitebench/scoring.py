@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from apb_jax.install import install_hint
 from evals.base import EvalError, require_choice
 from evals.infinitebench.records import TASKS, cjk_punctuation
 
@@ -211,7 +212,7 @@ def _rouge(stemmer: bool):
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise EvalError("longbook_sum_eng needs rouge-score: pip install 'apb-jax[evals]'") from error
+        raise EvalError(f"longbook_sum_eng needs rouge-score: {install_hint('evals')}") from error
     return RougeScorer(["rougeLsum"], use_stemmer=stemmer)
 
 

@@ -87,6 +87,8 @@ def run_perplexity(
     for length in plan.lengths:
         if scorer.max_length is not None and length > scorer.max_length:
             raise EvalError(f"perplexity: {length} tokens exceed the model's {scorer.max_length} positions")
+    if not folder.done and all(len(plan.tokens.encode(t)) < min(plan.lengths) for t in plan.texts.values()):
+        raise EvalError(f"perplexity: every text is shorter than {min(plan.lengths)} tokens; give longer --text files")
     jobs = [(name, length) for length in sorted(plan.lengths) for name in plan.texts]
     for name, length in track(
         jobs, description=label, console=console, transient=True, disable=not console.is_terminal

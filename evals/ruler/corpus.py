@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from apb_jax.install import install_hint
 from apb_jax.json_text import parse_json
 from evals.base import EvalError, require_choice
 
@@ -99,7 +100,7 @@ def sentence_splitter(name: str) -> Callable[[str], list[str]]:
     try:
         import nltk
     except ImportError as error:
-        raise EvalError("essay tasks need nltk: pip install 'apb-jax[evals]'") from error
+        raise EvalError(f"essay tasks need nltk: {install_hint('evals')}") from error
     if name == "untrained":
         return nltk.tokenize.punkt.PunktSentenceTokenizer().tokenize
     try:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from fake_system import run
 
-from evals.base import EvalError
-from evals.cli import parse_lengths
+from apb_jax.arguments import lengths as parse_lengths
+from apb_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RULER_ROW = {"index": 0, "pred": "it is 12", "outputs": ["12"]}
@@ -53,10 +53,13 @@ def test_a_typo_in_a_task_name(capsys, tmp_path):
     ("argv", "expected"),
     [
         (["rulr"], "unknown command 'rulr'; did you mean 'ruler'?"),
-        (["needle", "--model", "regex", "--seq", "4q", "--out", "x"], "--seq '4q': a length is a positive number"),
-        (["needle", "--model", "regex", "--seq", "0", "--out", "x"], "--seq '0'"),
+        (["needle", "--model", "regex", "--seq", "4q", "--out", "x"], "length '4q' is not a number of tokens"),
+        (["needle", "--model", "regex", "--seq", "0", "--out", "x"], "length '0'"),
         (["needle", "--model", "regex", "--seq", "4k", "--outt", "x"], "--out"),
-        (["needle", "--model", "regex", "--seq", "4k", "--out", "x", "--depth", "0"], "--depths must be at least 1"),
+        (
+            ["needle", "--model", "regex", "--seq", "4k", "--out", "x", "--depth", "0"],
+            "did you mean --depths?",
+        ),
         (["needle", "--model", "regex", "--seq", "4k", "--out", "x", "--form", "rulr"], "did you mean 'ruler'?"),
         (["needle", "--model", "regex", "--seq", "300", "--out", "x"], "the shortest legal length is 400"),
         (["needle", "--model", "regex", "--seq", "4k", "--out", "x", "--text", "nowhere"], "nowhere: no such file"),
@@ -66,7 +69,7 @@ def test_a_typo_in_a_task_name(capsys, tmp_path):
         (["perplexity", "--model", "regex", "--seq", "4k", "--out", "x", "--protocol", "tale"], "did you mean 'tail'?"),
         (
             ["latency", "--model", "regex", "--seq", "4k", "--out", "x", "--repeats", "0"],
-            "--repeats must be at least 1",
+            "--repeats is 0; it must be between 1 and 100000",
         ),
         (["latency", "--model", "regex", "--seq", "4k", "--out", "x", "--baseline", "ful"], "unknown baseline"),
         (["infinitebench", "--model", "regex", "--seq", "4k", "--out", "x", "--rule", "apd"], "did you mean 'apb'?"),
@@ -81,7 +84,7 @@ def test_wrong_options(capsys, argv, expected):
 @pytest.mark.parametrize("option", [("--variant", "ruler_mian"), ("--wrapper", "lama3"), ("--splitter", "englisch")])
 def test_wrong_ruler_choices_name_the_nearest(capsys, tmp_path, option):
     assert "did you mean" in refused(capsys, *ruler_command(tmp_path / "r", *option))
-    assert "--samples must be at least 1" in refused(capsys, *ruler_command(tmp_path / "r", "--samples", "0"))
+    assert "--samples is 0; it must be at least 1" in refused(capsys, *ruler_command(tmp_path / "r", "--samples", "0"))
 
 
 def test_missing_data(capsys, tmp_path):
@@ -287,14 +290,14 @@ def test_data_says_where_to_get_it(capsys):
 
 def test_lengths():
     assert parse_lengths("4k, 8192,1M,4096") == (4096, 8192, 1048576)
-    with pytest.raises(EvalError):
+    with pytest.raises(UserError):
         parse_lengths("4k,,8k")
 
 
 def test_evals_knows_no_engine_outside_its_entry_points():
-    """Only the system and the harness's task load a model; the rest knows errors and synthetic documents."""
+    """Only the system and the harness's task load a model; the rest knows errors, options, files, documents."""
     allowed = {"system.py", "apb_ruler.py"}
-    light = re.compile(r"apb_jax\.(errors|synthetic)\b")
+    light = re.compile(r"apb_jax\.(errors|synthetic|json_text|arguments|command|files|install)\b")
     for path in (ROOT / "evals").rglob("*.py"):
         imports = re.findall(
             r"^\s*(?:from|import) ((?:apb_jax|pallas_kernels|converters|jax)\b[\w.]*)", path.read_text(), re.M

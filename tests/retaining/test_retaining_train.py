@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(model: Path, data: Path, tmp_p
         (["--steps", "0"], "steps is 0"),
         (["--warmup", "40"], "warmup is 40"),
         (["--hidden", "-1"], "hidden is -1"),
-        (["--max-length", "3"], "at most 3"),
+        (["--max-length", "3"], "--max-length is 3; it must be at least 16"),
         (["--embed-share", "1.5"], "1.5"),
         (["--save-every", "0"], "--save-every"),
         (["--data", "nothing.jsonl"], "nothing.jsonl"),

@@ -123,7 +123,10 @@ def test_two_steps_make_a_loadable_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--steps", "0"], "must be above 0"), (["--steps", "1", "--data", "no-such-file.txt"], "no-such-file.txt")],
+    [
+        (["--steps", "0"], "--steps is 0; it must be"),
+        (["--steps", "1", "--data", "no-such-file.txt"], "no-such-file.txt"),
+    ],
 )
 def test_bad_input_gets_one_line(
     tmp_path: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]

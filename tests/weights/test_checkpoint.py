@@ -280,7 +280,7 @@ def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, words in (
         ("llama3.1-8", "did you mean 'llama3.1-8b'"),
         ("empty", "holds no config.json"),
-        ("./nowhere/x", "no folder, and no hub id"),
+        ("./nowhere/x", "no folder, no GGUF file, and no hub id"),
     ):
         with pytest.raises(UserError, match=words):
             load(name)
