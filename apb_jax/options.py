@@ -18,7 +18,7 @@ from apb_jax.prompt.style import PromptStyle, parse_separator, parse_template_ar
 
 DEFAULT_SEQ = 8192
 DEFAULT_SIMULATED = 8
-KERNELS = ("auto", "reference", "xla_chunked", "cudnn", "mosaic_gpu")
+KERNELS = ("auto", "reference", "xla_chunked", "triton", "cudnn", "mosaic_gpu")
 PLACEMENTS = ("contiguous", "zigzag")
 
 

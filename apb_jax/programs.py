@@ -23,11 +23,13 @@ from jaxtyping import Array, Int
 from apb_jax.attention.inputs import Kernels, Shard
 from apb_jax.attention.layout import Layout
 from apb_jax.attention.placement import Placement
+from apb_jax.errors import UserError
 from apb_jax.mesh import SP, TP
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import Where
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import Transformer
+from pallas_kernels.dispatch import record_choices
 
 KEPT_PROGRAMS = 128
 """Compiled programs that an engine keeps; the one used longest ago goes first."""
@@ -98,6 +100,8 @@ class Programs:
     slices: WeightSlices | None = None
     """Given where query and decoding steps use the weights as slices over ``sp``."""
     compiled: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    choices: dict[str, set[str]] = field(default_factory=dict)
+    """Which implementations the ops of all programs so far took."""
     sizes: dict[Any, int] = field(default_factory=dict)
     """Bytes of each program; asking XLA takes milliseconds, so it is asked once."""
     compile_s: float = 0.0
@@ -149,7 +153,9 @@ class Programs:
             if self.on_compile:
                 self.on_compile(name)
             started = time.perf_counter()
-            self.compiled[key] = make().lower(*args).compile()
+            with record_choices() as chosen:
+                self.compiled[key] = make().lower(*args).compile()
+            self.note_choices(name, chosen)
             self.sizes[key] = program_bytes(self.compiled[key])
             self.compile_s += time.perf_counter() - started
             while len(self.compiled) > KEPT_PROGRAMS:
@@ -157,6 +163,18 @@ class Programs:
         self.compiled.move_to_end(key)
         self.largest = max(self.largest, self.sizes[key])
         return self.compiled[key](*args)
+
+    def note_choices(self, name: str, chosen: dict[str, set[str]]) -> None:
+        """Keep which implementation each op took; refuse a prefill whose attention is not the one asked for by name."""
+        wanted, used = self.kernels.attention, chosen.get("flash_attention", set())
+        if name == "prefill" and wanted is not None and (used != {wanted} or "block_sparse_attention" in chosen):
+            other = ", ".join(f"{op} ({' and '.join(sorted(names))})" for op, names in sorted(chosen.items()))
+            raise UserError(
+                f"--kernels {wanted}: not all attention of this prefill goes through flash_attention, which the "
+                f"name is for; it uses {other or 'none of the kernels'}; nearest legal choice: --kernels auto"
+            )
+        for op, names in chosen.items():
+            self.choices.setdefault(op, set()).update(names)
 
     def count(self, name: str) -> int:
         """Programs of this name that are kept."""

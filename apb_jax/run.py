@@ -207,6 +207,8 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     header, rows = report.closing_table(result)
     console.print()
     console.print(screen.result_table(rows, header))
+    took = ", ".join(f"{op} {' and '.join(names)}" for op, names in result["implementations"].items())
+    console.print(f"kernels: {took}", style="dim", highlight=False)
     for line in report.receipts(result):
         console.print(f"\n{line}", highlight=False, markup=False, emoji=False)
     console.print()

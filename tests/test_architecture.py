@@ -55,7 +55,6 @@ WIDE = (
     "pallas_kernels.flash_attention.mosaic_gpu._kernel",
     "pallas_kernels.flash_attention.triton_kernel._attend_range",
     "pallas_kernels.flash_attention.triton_kernel.flash_attention_rows",
-    "pallas_kernels.select.triton_kernel.place_rows",
 )
 """Kernels of the GPU: one parameter for each array they read and write, and each constant; they cannot be grouped."""
 
