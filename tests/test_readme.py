@@ -69,7 +69,7 @@ def test_installs() -> None:
     """The extras that it names exist, and CI finds the command of the tests."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     named = set(re.findall(r"\.\[(\w+)\]", README))
-    assert {"cuda13", "test", "real"} <= named <= set(extras)
+    assert {"cuda13", "test", "serve"} <= named <= set(extras)
     assert re.findall(r"^pip install .*&& pytest$", README, re.MULTILINE) == ['pip install -e ".[test]" && pytest']
 
 
