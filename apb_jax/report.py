@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The closing table's rows from a run's JSON object."""
-    decode = result["decode_ms_per_token"]
+    decode, measured = result["decode_ms_per_token"], result["memory_source"] == "measured peak"
     return [
         ("document", f"{result['document_tokens']:,} tokens"),
         ("prefill", f"{result['prefill_s']:.3f} s"),
@@ -55,7 +55,7 @@ def figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         (f"memory per device, {result['memory_source']}", size(result["peak_bytes_per_device"])),
         *([("moved per layer and shard", size(result["bytes_per_layer"]))] if "bytes_per_layer" in result else []),
         *(recovered(result) if "recovered_mass" in result else []),
-        ("memory per device, planned", size(result["planned_bytes_per_device"])),
+        *([("memory per device, planned", size(result["planned_bytes_per_device"]))] if measured else []),
         ("compile, not counted above", f"{result['compile_s']:.1f} s"),
     ]
 
