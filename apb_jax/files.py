@@ -19,6 +19,8 @@ from apb_jax.errors import UserError
 
 TEXT_BYTES = 64 * 2**20
 """Most bytes of a text: about 16M tokens, beyond the positions of every model."""
+MOST_NUL = 0.01
+"""The share of zero bytes beyond which a file that happens to be UTF-8 is taken for binary."""
 SILENCE_S = 60.0
 """Standard input that sends nothing for so long is given up."""
 MARK = "apb_jax-writing"
@@ -123,7 +125,7 @@ def decode_text(raw: bytes, what: str) -> str:
             f"{what} is not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start}); "
             "convert it, for example with iconv -t utf-8"
         ) from error
-    if "\0" in text:
+    if raw.count(0) > len(raw) * MOST_NUL:  # a stray one is a character like any other
         raise UserError(f"{what} is binary, not text (byte 0x00 at offset {raw.index(0)})")
     return text
 

@@ -9,8 +9,8 @@ is answered twice and not timed the first time, so that seconds hold no compilat
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 
 import apb_jax
 from apb_jax.attention.registry import MethodSpec
+from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
 from apb_jax.report import versions
 from apb_jax.synthetic.encoder import Encoder
@@ -68,8 +69,9 @@ def answer_all(engine: apb_jax.Engine, sample: Sample, encoder: Encoder, once: b
     return right, prefill_s, asking_s
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/ask_many.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--questions", type=int, default=8)
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="only rows whose name holds this")
     parser.add_argument("--seed", type=int, default=11_000_000, help="training used other seeds")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     base = apb_jax.Engine(apb_jax.load("tiny"), "full", apb_jax.make_mesh(sp=1), shards=args.shards)
     assert base.codec is not None
     encoder = Encoder(base.codec.tokenizer)
@@ -111,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_jax.arguments import length as parse_length
+from apb_jax.command import Parser, command
 from apb_jax.options import parse_bytes
 
 TOLERANCE = 0.07
@@ -142,9 +143,10 @@ def line(row: dict[str, Any]) -> str:
     return f"{head}  {measured}  {verdict}  {compiled}  {timing}\n       {parts}"
 
 
-def main() -> int:
+@command("python benchmarks/plan_check.py")
+def main(argv: list[str]) -> int:
     """Exit status 1 where a plan is off by more than TOLERANCE or a configuration died."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     lengths = lambda text: [parse_length(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--model", default="llama3.1-8b")
     parser.add_argument("--lengths", type=lengths, default=[2**15, 2**17, 2**18])
@@ -157,7 +159,7 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=290.0, help="start no configuration after so many seconds")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.one:
         one(args)
         return 0

@@ -8,13 +8,14 @@ are its query. transformers (PyTorch, float32) reads the same GGUF file by itsel
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
 import apb_jax
+from apb_jax.command import Parser, command
 from apb_jax.report import versions
 from apb_jax.synthetic.packaged import NOVEL
 from benchmarks.real_peer import Peer
@@ -38,12 +39,13 @@ def texts() -> dict[str, str]:
     return {"english": NOVEL.read_text(encoding="utf-8"), "chinese": chinese, "code": code}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/real_parity.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--lengths", default="2,37,1000,4000,8000")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = apb_jax.load("smollm2-135m", dtype="float32")
     assert model.tokenizer is not None
     assert model.folder is not None
@@ -80,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,8 +9,8 @@ float32, greedy) gets the same ids. Right: the answer holds the fact's words. Ne
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import apb_jax
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.registry import METHODS
+from apb_jax.command import Parser, command
 from apb_jax.options import parse
 from apb_jax.report import versions
 from apb_jax.synthetic.packaged import NOVEL
@@ -73,14 +74,15 @@ def right(text: str, fact: Fact) -> bool:
     return fact.answer in text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/real_questions.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--methods", default="full,apb")
     parser.add_argument("--tokens", type=int, default=6000)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS_ABOUT_TEXT)
     parser.add_argument("--texts", type=int, default=len(FACTS), help="only the first ones")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = apb_jax.load(MODEL, dtype="float32")
     assert model.folder is not None
     engines = {}
@@ -118,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,9 +10,9 @@ HTTP and hand-over between threads).
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax
 
 import apb_jax
 from apb_jax.arguments import length as parse_length
+from apb_jax.command import Parser, command
 from apb_jax.report import versions
 from apb_jax.serve.background import Background
 from apb_jax.serve.service import Plan
@@ -43,15 +44,16 @@ def first_token(http: httpx.Client, messages: list[dict[str, str]], **more: Any)
     return first, times
 
 
-def main() -> None:
+@command("python benchmarks/serve_first_token.py")
+def main(argv: list[str]) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--weights")
     parser.add_argument("--method", default="full")
     parser.add_argument("--tokens", type=parse_length, default=8192)
     parser.add_argument("--questions", type=int, default=9)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     model = load(given.model, weights=given.weights)
     engine = apb_jax.Engine(model, given.method, apb_jax.make_mesh(sp=1 if given.method == "full" else None))
     made = [needle_prompt(model.tokenizer, given.tokens - 256, str(4711 + i), 0.5, i) for i in range(2)]
@@ -84,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

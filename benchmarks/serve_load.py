@@ -9,7 +9,6 @@ the devices' arrays before and after. Exit status 1 where there was an error or 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import json
@@ -24,6 +23,7 @@ import jax
 import numpy as np
 
 import apb_jax
+from apb_jax.command import Parser, command
 from apb_jax.report import versions
 from apb_jax.serve.background import Background
 from apb_jax.serve.service import Plan
@@ -172,13 +172,14 @@ def run_load(engine: apb_jax.Engine, load: Load) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+@command("python benchmarks/serve_load.py")
+def main(argv: list[str]) -> int:
     """Exit status 1 where there was an error or something was left behind."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     for name, value in vars(Load()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     engine = apb_jax.Engine(load("tiny"), "full", apb_jax.make_mesh(sp=1))
-    result = run_load(engine, Load(**vars(parser.parse_args())))
+    result = run_load(engine, Load(**vars(parser.parse_args(argv))))
     print(json.dumps(result | {"device": jax.devices()[0].device_kind, "versions": versions()}))
     held = result["device_arrays"]
     return int(bool(result["errors"]) or result["tasks_left"] > 0 or held["before"] != held["after"])

@@ -7,10 +7,10 @@ Random weights. Loads read files that were just written, so they come from memor
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,18 +21,20 @@ from flax import nnx
 
 import apb_jax
 from apb_jax.attention.registry import MethodSpec
+from apb_jax.command import Parser, command
 from apb_jax.report import versions
 from apb_jax.weights.fingerprint import fingerprint
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("python benchmarks/session_disk.py")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="llama3.1-8b")
     parser.add_argument("--tokens", type=int, default=32000)
     parser.add_argument("--shards", type=int, default=8, help="on one device")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = apb_jax.load(args.model, weights="random")
     method = MethodSpec("apb", {"embed_query": False, "scorer": "expected"})
     engine = apb_jax.Engine(model, method, apb_jax.make_mesh(sp=1), shards=args.shards)
@@ -76,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -116,7 +116,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 65536,
         "no_rope_layer_interval": 2,
         "no_rope_layers": [1, 0, 1],
-        "pad_token_id": 0,
+        "pad_token_id": 1,
         "rope_theta": 5000000.0,
         "rms_norm_eps": 1e-6,
         "sliding_window": None,

@@ -137,8 +137,8 @@ def _alive(pid: str) -> bool:
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
 def test_help_of_benchmarks(path: Path) -> None:
     """``--help`` answers, and a mistake is one line, also where the GPU or torch is missing."""
-    if path.stem == "sanitize":
-        pytest.skip("takes no options: it runs kernels under compute-sanitizer")
+    if path.stem in ("sanitize", "real_peer"):
+        pytest.skip("takes no options: kernels for compute-sanitizer, a part of other benchmarks")
     for option, status in (("--help", 0), ("--no-such-option", 2)):
         done = subprocess.run(
             [sys.executable, str(path), option], capture_output=True, text=True, env=surroundings(), timeout=120

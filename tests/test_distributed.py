@@ -36,10 +36,10 @@ def start(command: list[str], **extra: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | extra)
 
 
-def together(command: list[str], count: int = 2) -> list[subprocess.Popen[str]]:
+def together(command: list[str], count: int = 2, **extra: str) -> list[subprocess.Popen[str]]:
     """The same command as ``count`` processes that join."""
     joined = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count)]
-    return [start([*command, *joined, "--process", str(i)]) for i in range(count)]
+    return [start([*command, *joined, "--process", str(i)], **extra) for i in range(count)]
 
 
 def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_a_mesh_smaller_than_the_devices_gives_every_process_a_share(command: li
 
 @pytest.mark.timeout(300)
 def test_a_mesh_that_leaves_unequal_shares_is_refused(command: list[str]) -> None:
-    pair = together([*command, "--sp", "3"])
+    pair = together([*command, "--sp", "3"], XLA_FLAGS="--xla_force_host_platform_device_count=4")
     for process in pair:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2
@@ -96,6 +96,7 @@ def test_a_process_that_dies_ends_the_others(command: list[str]) -> None:
     pair = together([*command, "--sp", "2", "--max-new-tokens", "200"])
     time.sleep(6)
     pair[1].kill()
+    pair[1].communicate(timeout=30)
     began = time.monotonic()
     _, err = pair[0].communicate(timeout=100)
     assert time.monotonic() - began < 60

@@ -42,6 +42,7 @@ def test_whole_or_absent(tmp_path: Path) -> None:
 
 def test_texts_are_texts(tmp_path: Path) -> None:
     assert decode_text("\ufeffé".encode(), "x") == "é"
+    assert decode_text(b"\0" + b"a" * 200, "x")[0] == "\0", "a stray zero byte is a character"
     for raw, words in ((b"a\0b", "binary"), (b"\xff", "not UTF-8"), (b"a" * (TEXT_BYTES + 1), "longer than 64 MiB")):
         with pytest.raises(UserError, match=words):
             decode_text(raw, "x")

@@ -70,12 +70,13 @@ def test_emoji_codes_are_text() -> None:
     assert console.file.getvalue() == text  # type: ignore[attr-defined]
 
 
-def test_an_answer_of_one_line_break_is_blank() -> None:
+def test_an_answer_of_one_line_break_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apb_jax.report.planned_bytes", lambda session, new_tokens: 1)
     model = SimpleNamespace(config=ModelConfig.from_hf(YARN), dtype=SimpleNamespace(name="float32"))
     settings = SimpleNamespace(kernels=SimpleNamespace(attention=None), slice_decode=False)
     engine = SimpleNamespace(
         model=model, settings=settings, template="model", mesh=SimpleNamespace(shape={}), shards=1, codec=object(),
-        programs=SimpleNamespace(largest=1),
+        programs=SimpleNamespace(largest=1, choices={}),
     )  # fmt: skip
     answer = Answer("\n", [198], Full(), 5, 2, 1.0, 1.0, 0.0, 0, 0.0, "stop")
     assert describe(SimpleNamespace(engine=engine), answer, None)["prediction"] == ""  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import jax
 from apb_jax.attention.registry import MethodSpec
 from apb_jax.engine import Engine
 from apb_jax.errors import UserError
-from apb_jax.mesh import make_mesh
+from apb_jax.mesh import SP, make_mesh
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Beside:
     def of(self, spec: MethodSpec) -> Engine:
         """Raises UserError where the method cannot serve the model or mesh."""
         first = self.first
-        if spec.can.max_shards != 1 or first.shards == 1:
+        alone = first.mesh.shape[SP] == 1 and first.settings.shards in (None, 1)
+        if spec.can.max_shards != 1 or alone:
             return first.with_method(spec)
         if jax.process_count() > 1:
             raise UserError(
@@ -33,6 +34,6 @@ class Beside:
                 "compare with it in a run of one process"
             )
         if self._single is None:
-            alone = replace(first.settings, shards=None, slice_decode=False)
-            self._single = Engine(first.model, spec, make_mesh(1), settings=alone, beside=first)
+            settings = replace(first.settings, shards=None, slice_decode=False)
+            self._single = Engine(first.model, spec, make_mesh(1), settings=settings, beside=first)
         return self._single.with_method(spec)

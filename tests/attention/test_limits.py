@@ -263,13 +263,13 @@ CHOSEN = [
     ("apb", {}, {"model": "tiny", "shards": 8}, {"anchor_tokens": 256, "passing_tokens": 128}),
     ("apb", {"anchor_tokens": 64, "pool": 3}, {}, {"anchor_tokens": 64, "passing_tokens": 256, "pool": 3}),
     ("apb", {"query_at": None, "scorer": None}, {"has_heads": False}, {"query_at": 3, "scorer": "query"}),
-    ("apb", {}, {"tokens": 400}, {"anchor_tokens": 50, "passing_tokens": 50}),  # blocks of 100 tokens
+    ("apb", {}, {"tokens": 400}, {"anchor_tokens": 48, "passing_tokens": 49}),  # blocks of 97 to 128 tokens
     ("ulysses", {}, {"shards": 8}, {"ring_shards": 2}),
     ("ulysses", {"ring_shards": 4}, {"shards": 8}, {"ring_shards": 4}),
     ("starx_sparse", {}, {}, {"block_tokens": 2048}),
     ("starx_sparse", {"sparse_block": 48}, {}, {"block_tokens": 2064, "sparse_block": 48}),
     ("spava", {}, {"tokens": 16384}, {"anchor_tokens": 256, "passing_tokens": 128}),
-    ("spava", {}, {"tokens": 400}, {"anchor_tokens": 100, "passing_tokens": 37}),
+    ("spava", {}, {"tokens": 400}, {"anchor_tokens": 80, "passing_tokens": 30}),
     ("minference", {}, {"model": "llama3.1-8b", "shards": 1}, {"vertical": 512, "slash": 2048}),
     ("minference", {"slash": 99}, {"model": "tiny", "shards": 1}, {"vertical": 64, "slash": 99}),
     ("xattention", {}, {"model": "llama3.1-8b"}, {"threshold": "llama3.1-8b", "stride": 8}),
