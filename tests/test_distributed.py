@@ -93,8 +93,8 @@ def test_a_mesh_that_leaves_unequal_shares_is_refused(command: list[str]) -> Non
 @pytest.mark.timeout(300)
 def test_a_process_that_dies_ends_the_others(command: list[str]) -> None:
     """Within a minute, not after the collective's own time-out."""
-    pair = together([*command, "--sp", "2", "--max-new-tokens", "200"])
-    time.sleep(6)
+    pair = together([*command, "--sp", "2", "--max-new-tokens", "4", "--repeat", "1000"])
+    time.sleep(8)
     pair[1].kill()
     pair[1].communicate(timeout=30)
     began = time.monotonic()

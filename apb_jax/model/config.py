@@ -261,6 +261,8 @@ class ModelConfig:
             out["no_rope_layers"] = [int(spec.rope is None) for spec in specs]
         if list(_layers_from_hf(out, family)) != specs:
             raise UserError(f"the layers of this model differ in a way that no config.json of {self.family!r} can say")
+        if family.some_without_rope:
+            out["pad_token_id"] = None  # absent, transformers takes an id that few vocabularies have
         return out
 
 
