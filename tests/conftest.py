@@ -1,6 +1,8 @@
 """Eight simulated CPU devices, strict dtype promotion, warnings as errors: set before JAX initialises."""
 
+import gc
 import os
+import warnings
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,3 +23,6 @@ def fresh_programs() -> Iterator[None]:
     """Compiled programs go after each file: thousands of them exhaust the memory maps that a process may have."""
     yield
     jax.clear_caches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()  # engines refer to themselves: without it they keep their programs
