@@ -23,6 +23,7 @@ from apb_jax.errors import UserError
 from apb_jax.generation import Answer
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
+from apb_jax.precision import Precision
 from apb_jax.prefill import PrefillRows, run
 from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt.codec import make_codec
@@ -60,6 +61,8 @@ class Settings:
     """Query and decoding steps read 1 / sp of the weights on each device (``model/slices.py``)."""
     bottom_right_query: bool = False
     """The originals' causal quirk of the query phase (thunlp/APB's code, not its paper)."""
+    precision: Precision = field(default_factory=Precision)
+    """In which types weights, KV and attention are held and multiplied."""
     answers_only: bool = False
     """Never prefill, only answer from loaded sessions: also on meshes on which the method could not prefill."""
 

@@ -143,6 +143,7 @@ def describe(session: Session, answer: Answer, truth: str | None, *, alone: bool
         "layers": engine.model.config.num_layers,
         "dense_layers": list(answer.method.dense_layers_of(engine.model.config)),
         "dtype": engine.model.dtype.name,
+        "precision": dataclasses.asdict(settings.precision),
         "kernels": settings.kernels.attention or "auto",
         "implementations": {op: sorted(names) for op, names in sorted(engine.programs.choices.items())},
         "slice_decode": settings.slice_decode,

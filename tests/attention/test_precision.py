@@ -13,8 +13,10 @@ from attention.method_cases import CASES, method, model
 from helpers import ids
 
 import apb_jax
+from apb_jax.errors import UserError
 from apb_jax.measure.traffic import equations
 from apb_jax.model.config import with_string
+from apb_jax.precision import Precision
 from apb_jax.programs import Programs
 from apb_jax.retaining.labels import Sample, trace
 from apb_jax.retaining.objective import layer_scores
@@ -111,3 +113,8 @@ def test_the_walk_sees_a_product_without_precision() -> None:
         return jax.lax.map(lambda row: jnp.dot(row, row), x)
 
     assert [p for _, p in float_products(jax.make_jaxpr(step)(jnp.zeros((3, 4))))] == [None]
+
+
+def test_a_precision_that_does_not_exist_is_refused_in_words() -> None:
+    with pytest.raises(UserError, match="the precision of kv is 'int3'; it can be model"):
+        Precision(kv="int3")
