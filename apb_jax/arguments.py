@@ -17,6 +17,8 @@ from apb_jax.errors import UserError
 from apb_jax.files import check_output_file, check_output_folder, shown
 
 SUFFIX = {"": 1, "k": 1024, "m": 1024 * 1024}
+BYTES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+MOST_BYTES = 2**60
 LONGEST = 2**31 - 1
 """Tokens that a 32-bit position can count."""
 MOST_SHARDS = 1024
@@ -68,6 +70,25 @@ def length(text: str) -> int:
             + (f" (at most {LONGEST})" if tokens else "")
         )
     return tokens
+
+
+def size(least: int) -> Callable[[str], int]:
+    """Bytes, "4096", "64M", "1.5g" or "80GiB" in powers of 1024, at least ``least``."""
+
+    def parse(text: str) -> int:
+        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([kmgt]?)(?:i?b)?", text.strip().lower())
+        if not match:
+            raise argparse.ArgumentTypeError(
+                f"is {shown(text, 60)!r}, which is not a size in bytes; write for example 512m or 80g"
+            )
+        value = int(float(match[1]) * BYTES[match[2]])
+        if not least <= value <= MOST_BYTES:
+            raise argparse.ArgumentTypeError(
+                f"is {shown(text, 60)}; it must be {least} to {MOST_BYTES} bytes (write for example 512m or 80g)"
+            )
+        return value
+
+    return parse
 
 
 def lengths(text: str) -> tuple[int, ...]:

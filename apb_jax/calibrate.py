@@ -13,7 +13,6 @@ import sys
 from apb_jax.arguments import count, lengths, shards
 from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
-from apb_jax.options import DEFAULT_SIMULATED
 
 QUERY_TOKENS = 32
 
@@ -32,7 +31,7 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Measure full on one device, and ring, Ulysses and APB on all of them, at every length."""
     args = make_parser().parse_args(argv)
-    from apb_jax.mesh import has_accelerator, simulate_devices
+    from apb_jax.mesh import DEFAULT_SIMULATED, has_accelerator, simulate_devices
 
     if not has_accelerator():
         simulate_devices(args.sp or DEFAULT_SIMULATED)

@@ -25,6 +25,8 @@ from apb_jax.errors import UserError
 from apb_jax.files import reason, shown
 
 FAILED = 2
+LONGEST_LINE = 1000
+"""Characters of an error that are shown: a value that it repeats may be of any length."""
 GRACE_S = 5.0
 """After Ctrl-C the command has so long to clean up; an exception raised inside a callback of XLA would be lost."""
 
@@ -161,7 +163,7 @@ def words(error: BaseException) -> str | None:
 def fail(message: str) -> int:
     """One line, status 2."""
     if sys.stderr is not None:
-        line = f"error: {' '.join(message.split())}\n"
+        line = f"error: {shown(' '.join(message.split()), LONGEST_LINE)}\n"
         sys.stderr.write(line.encode("utf-8", "backslashreplace").decode("utf-8"))
         sys.stderr.flush()
     return FAILED

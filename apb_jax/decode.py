@@ -22,6 +22,8 @@ from apb_jax.sampling import draw, greedy
 
 CHUNK = 16
 """Tokens decoded on the devices before the host looks: what is streamed at a time."""
+BROKEN = -2
+"""In place of a token whose logits hold NaN or infinity: the host turns it into an error."""
 
 
 @jax.tree_util.register_dataclass
@@ -170,8 +172,8 @@ def decode(
 ) -> tuple[Int[Array, "B Q"], Float[Array, "Q B V"], DecodeState]:
     """Up to CHUNK tokens on the devices in one ``while_loop``; ends early when every request is done or has enough.
 
-    Returns the new tokens (-1 where a request had stopped or no step ran), their logits where the plan wants them, and
-    the state for the next call; ``state`` is donated.
+    Returns the new tokens (-1 where a request had stopped or no step ran, BROKEN where logits are not finite), their
+    logits where the plan wants them, and the state for the next call; ``state`` is donated.
     """
 
     def body(weights: Any, cache: DocumentCache, asked: Asked, state: DecodeState) -> Any:
@@ -190,9 +192,10 @@ def decode(
             logits = programs.model(weights).logits(x, replace(programs.where, slices=programs.slices))[:, 0]
             key, use = jax.random.split(jax.random.wrap_key_data(state.key))
             token = greedy(logits) if plan.greedy else draw(logits, use, asked.temperature, asked.top_p)
-            done = state.done | jnp.any(token[:, None] == asked.stop[None], axis=1)
+            broken = ~state.done & ~jnp.all(jnp.isfinite(logits), axis=1)
+            done = state.done | jnp.any(token[:, None] == asked.stop[None], axis=1) | broken
             place = state.made - first
-            out = out.at[:, place].set(jnp.where(done, -1, token))
+            out = out.at[:, place].set(jnp.where(broken, BROKEN, jnp.where(done, -1, token)))
             rows = rows.at[place].set(logits) if plan.with_logits else rows
             return out, rows, DecodeState(token, done, state.made + 1, jax.random.key_data(key), tail)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from apb_jax.attention.inputs import Kernels, Prompt
 from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
-from apb_jax.attention.placement import Placement
+from apb_jax.attention.placement import ORDERS, Placement
 from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.batching import answer_batch, common_method
 from apb_jax.cache import DocumentCache
@@ -30,6 +30,7 @@ from apb_jax.prompt.codec import make_codec
 from apb_jax.prompt.ids import Text, make_prompt
 from apb_jax.prompt.style import NONE, PromptStyle
 from apb_jax.session import Session, is_batch
+from apb_jax.typed import check_items, check_names, check_types, check_value
 from apb_jax.weights.checkpoint import LoadedModel
 from apb_jax.weights.fingerprint import fingerprint
 
@@ -65,6 +66,13 @@ class Settings:
     """In which types weights, KV and attention are held and multiplied."""
     answers_only: bool = False
     """Never prefill, only answer from loaded sessions: also on meshes on which the method could not prefill."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.shards is not None and self.shards < 1:
+            raise UserError(f"--shards is {self.shards}; it must be at least 1")
+        if self.placement not in ORDERS:
+            raise UserError(f"placement {self.placement!r} is unknown; choose one of {', '.join(ORDERS)}")
 
 
 class Weights:
@@ -105,9 +113,15 @@ class Engine:
 
         ``beside``: another engine of the same model, mesh and settings, whose weights and programs this one shares.
         """
+        check_value("model", model, LoadedModel)
+        check_value("method", method, AttentionMethod, MethodSpec, str)
+        check_value("mesh", mesh, Mesh, type(None))
+        check_value("settings", settings, Settings, type(None))
+        check_value("beside", beside, Engine, type(None))
         self.model, self.mesh = model, mesh if mesh is not None else make_mesh()
         if "virtual_shards" in changes:
             changes["shards"] = changes.pop("virtual_shards")
+        check_names("an engine", changes, (one.name for one in fields(Settings)))
         self.settings = replace(settings or Settings(), **changes)
         self.method = MethodSpec(method) if isinstance(method, str) else method
         self.progress: Progress = progress or silent
@@ -257,6 +271,8 @@ class Engine:
         """
         if not prompts:
             raise UserError("an empty list of documents; give at least 1")
+        check_value("prompts", prompts, list, tuple)
+        check_items("prompts", prompts, Prompt)
         if self.settings.answers_only:
             raise UserError("this engine was made with answers_only, for loaded sessions; make another one to prefill")
         self.check_method(len(prompts))
@@ -316,7 +332,9 @@ class Engine:
 
 
 def check_mesh(model: LoadedModel, mesh: Mesh) -> None:
-    """Refuse a tensor axis that does not divide heads or FFN."""
+    """Refuse a mesh of other axes, and a tensor axis that does not divide heads or FFN."""
+    if tuple(mesh.axis_names) != (SP, TP):
+        raise UserError(f"the mesh has axes {mesh.axis_names}; it must have {SP!r} and {TP!r}: make_mesh(sp, tp)")
     tp, config = mesh.shape[TP], model.config
     for name, size in (("KV heads", config.num_kv_heads), ("FFN columns", config.intermediate_size)):
         if size % tp:

@@ -14,10 +14,12 @@ import numpy as np
 from apb_jax.attention.layout import bucket
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.cache import TailCache
-from apb_jax.decode import Asked, DecodePlan, DecodeState, decode, query
+from apb_jax.decode import BROKEN, Asked, DecodePlan, DecodeState, decode, query
 from apb_jax.errors import UserError
 from apb_jax.programs import Lengths
+from apb_jax.prompt.ids import as_ids
 from apb_jax.sampling import Sampler
+from apb_jax.typed import check_types, check_value
 
 if TYPE_CHECKING:
     from apb_jax.session import Session
@@ -39,9 +41,8 @@ class Wanted:
     logits: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self, new_tokens="max_new_tokens")
         for name, value, low in (("max_new_tokens", self.new_tokens, 1), ("seed", self.seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise UserError(f"{name} is {value!r}; it must be a whole number")
             if not low <= value < 2**31:
                 raise UserError(f"{name} is {value}; it must lie in {low}..{2**31 - 1}")
         for stop in self.stop_ids:
@@ -129,6 +130,7 @@ class Generation:
         phase = run_query(session, queries, wanted.new_tokens, asking)
         self.query_rows = np.asarray(phase.logits)
         self.query_s = time.perf_counter() - started - (programs.compile_s - self.compiled_before)
+        check_finite(session, [self.query_rows[b, : len(q)] for b, q in enumerate(queries)])
         ends = [len(q) - 1 if wanted.logits else 0 for q in queries]
         self.step_rows = [np.stack([self.query_rows[b, end] for b, end in enumerate(ends)])[None]]
         key, draw = jax.random.split(jax.random.key(wanted.seed))
@@ -169,12 +171,19 @@ class Generation:
             engine.progress("decode", self.wanted.new_tokens, self.wanted.new_tokens)
 
     def _collect(self, new: np.ndarray) -> None:
-        """Append new ids [B, Q] (-1: nothing) to each request's tokens and tell the listener."""
+        """Append new ids [B, Q] (-1: nothing) to each request's tokens and tell the listener.
+
+        Raises:
+            UserError: a step's logits are not finite; what came before has been told.
+        """
         for b, row in enumerate(new):
             fresh = [int(t) for t in row if t >= 0]
             self.tokens[b].extend(fresh)
             if fresh and self.on_tokens:
                 self.on_tokens(b, fresh)
+        for b, row in enumerate(new):
+            if (row == BROKEN).any():
+                raise UserError(not_finite(self.session, b, f"after {len(self.tokens[b])} tokens of the answer"))
 
     def answers(self) -> list[Answer]:
         """What each request got."""
@@ -205,9 +214,33 @@ class Generation:
 def teacher_forced(session: Session, continuation: Sequence[Sequence[int]] | None) -> list[np.ndarray]:
     """Logits float32 [query + continuation tokens, V] of each request with a given answer."""
     given = continuation if continuation is not None else [[] for _ in session.prompts]
-    queries = [np.concatenate([p.query, np.asarray(c, np.int32)]) for p, c in zip(session.prompts, given, strict=True)]
-    for ids in queries:
+    check_value("continuation", given, list, tuple)
+    if len(given) != len(session.prompts):
+        raise UserError(f"{len(session.prompts)} documents and {len(given)} continuations; give one each")
+    rows = [as_ids(ids, "continuation") for ids in given]
+    for ids in rows:
         session.engine.check_ids("continuation", ids)
+    queries = [np.concatenate([p.query, ids]) for p, ids in zip(session.prompts, rows, strict=True)]
+    session.engine.check_lengths(session.prompts, queries)
     plan = DecodePlan.of(session.method, with_logits=True, bottom_right=session.engine.settings.bottom_right_query)
     host = np.asarray(run_query(session, queries, 1, plan).logits)
-    return [host[b, : len(ids)] for b, ids in enumerate(queries)]
+    logits = [host[b, : len(ids)] for b, ids in enumerate(queries)]
+    check_finite(session, logits)
+    return logits
+
+
+def check_finite(session: Session, logits: Sequence[np.ndarray]) -> None:
+    """UserError where logits of a request hold NaN or infinity: an answer drawn from them would mean nothing."""
+    for b, rows in enumerate(logits):
+        if not np.isfinite(rows).all():
+            raise UserError(not_finite(session, b, "behind the query"))
+
+
+def not_finite(session: Session, request: int, where: str) -> str:
+    """What is said about such logits: the weights were finite when they were read, so the sums were too large."""
+    model, of = session.engine.model, f" of request {request}" if len(session.prompts) > 1 else ""
+    return (
+        f"the logits{of} {where} hold NaN or infinity, so there is no answer: {model.name} leaves the range of "
+        f"{model.dtype.name} on these {len(session.prompts[request].document)} document tokens; look at its weights "
+        "and rope, or try --dtype float32"
+    )

@@ -1,10 +1,8 @@
-"""The device mesh: axes ``sp`` (sequence) and ``tp`` (tensor), simulated devices on a CPU, several processes."""
+"""The device mesh: axes ``sp`` (sequence) and ``tp`` (tensor), simulated devices on a CPU."""
 
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -15,10 +13,9 @@ from apb_jax.errors import UserError
 SP, TP = "sp", "tp"
 USABLE = 0.95
 """Share of a GPU's memory for JAX; the rest is for the CUDA context, NCCL and the code of programs."""
+DEFAULT_SIMULATED = 8
 MOST_SIMULATED = 64
 """Each simulated device has threads and a copy of the replicated weights in the one memory of the machine."""
-HEARTBEAT_S = 30
-"""After so many seconds without a sign of life from one process of several the others end."""
 
 
 def simulate_devices(count: int) -> None:
@@ -44,6 +41,14 @@ def simulate_devices(count: int) -> None:
 def sequence_devices(available: int, shards: int | None) -> int:
     """Devices on the sequence axis where none are asked for: all, or as many as hold equal numbers of ``shards``."""
     return available if shards is None else max(n for n in range(1, available + 1) if shards % n == 0)
+
+
+def simulated_devices(model: str, sp: int | None, tp: int, shards: int | None = None) -> int:
+    """Devices to simulate where there is no accelerator: as asked for, else what the model is best shown on.
+
+    The packaged model shows eight shards on as many devices; any other answers faster on one (its shards stay).
+    """
+    return (sp or sequence_devices(DEFAULT_SIMULATED if model == "tiny" else 1, shards)) * tp
 
 
 def check_host_memory(weights_bytes: int, copies: int) -> None:
@@ -124,57 +129,3 @@ def to_host(x: jax.Array) -> np.ndarray:
     from jax.experimental.multihost_utils import process_allgather
 
     return np.asarray(process_allgather(x, tiled=True))
-
-
-@dataclass(frozen=True)
-class Joining:
-    """How this process joins a run of several: as the command line says, or as SLURM or mpirun started it."""
-
-    coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
-
-    def __post_init__(self) -> None:
-        given = (self.coordinator, self.processes, self.process)
-        if all(value is None for value in given):
-            return
-        if any(value is None for value in given):
-            raise UserError("--coordinator HOST:PORT, --processes N and --process I must be given together")
-        assert self.coordinator is not None
-        assert self.processes is not None
-        assert self.process is not None
-        if not re.fullmatch(r"[^\s:]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", self.coordinator):
-            raise UserError(f"--coordinator is {self.coordinator!r}; it must be HOST:PORT, for example 10.0.0.1:1234")
-        if not 0 <= self.process < self.processes:
-            raise UserError(
-                f"--process is {self.process}; it must lie in 0..{self.processes - 1} (--processes {self.processes})"
-            )
-
-    @property
-    def count(self) -> int:
-        """Processes of the run."""
-        return self.processes or launched()
-
-    def start(self) -> None:
-        """Join (``jax.distributed``); nothing where there is one process. On CPU the processes talk through gloo.
-
-        Where one dies, the others end within HEARTBEAT_S.
-        """
-        if self.count == 1 and self.coordinator is None:
-            return
-        try:
-            jax.distributed.initialize(
-                self.coordinator, self.processes, self.process, heartbeat_timeout_seconds=HEARTBEAT_S
-            )
-        except (RuntimeError, ValueError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise UserError(f"this process could not join the others at {self.coordinator}: {line}") from error
-
-
-def launched() -> int:
-    """Processes that SLURM (srun) or Open MPI (mpirun) started together with this one; 1 without them."""
-    for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        count = os.environ.get(name, "")
-        if count.isdigit() and int(count) > 1:
-            return int(count)
-    return 1

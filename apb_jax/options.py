@@ -17,7 +17,6 @@ from apb_jax.files import check_input, check_output_folder, near_file, read_stdi
 from apb_jax.prompt.style import PromptStyle, parse_separator, parse_template_arg
 
 DEFAULT_SEQ = 8192
-DEFAULT_SIMULATED = 8
 KERNELS = ("auto", "reference", "xla_chunked", "triton", "cudnn", "mosaic_gpu")
 PLACEMENTS = ("contiguous", "zigzag")
 
@@ -48,12 +47,8 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes: "80g" (80 GiB), "512m" (MiB)."""
-    match = re.fullmatch(r"(\d+)([gm])(i?b)?", text.strip().lower())
-    if not match or int(match[1]) == 0:
-        raise UserError(f"memory {text!r} is not a size; write for example 80g or 512m")
-    return int(match[1]) * {"m": 2**20, "g": 2**30}[match[2]]
+gpu_memory = arguments.size(2**20)
+"""An argparse type: memory of a device; less than a MiB is a forgotten unit."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ class RunConfig:
             raise UserError(f"--weights {self.weights}: no such folder; give a folder with *.safetensors, or 'random'")
         if self.heads is not None and self.weights == "random":
             raise UserError("--heads has no meaning with --weights random; drop one of the two")
-        for name in ("save", "profile"):
+        for name in ("save", "profile", "save_session"):
             if (folder := getattr(self, name)) is not None:
                 check_output_folder(folder, f"--{name}")
         twice = [name for name in self.method_options if [n for n, v in self.options if v is not None].count(name) > 1]
@@ -150,6 +145,8 @@ class RunConfig:
         for flag, value in (("--compare", self.compare), ("--needle", self.needle), ("--save", self.save)):
             if value:
                 raise UserError(f"{flag} cannot be combined with {given}; drop one of the two")
+        if self.save_session is not None and Path(self.save_session).exists():
+            raise UserError(f"--save-session {shown(self.save_session)} exists; choose another folder, or remove it")
         if self.method == "auto" or (self.session is not None and self.seq is not None):
             flag = "--method auto" if self.method == "auto" else "--seq"
             raise UserError(f"{flag} cannot be combined with {given}; drop it or name a method")
@@ -188,6 +185,13 @@ EPILOG = """examples:
   python -m apb_jax.run --model llama3.1-8b --seq 128k --weights random --sp 8 --json
                                                          a benchmark without weights; the last line is JSON
 """
+
+
+def add_joining(parser: argparse._ActionsContainer) -> None:
+    """Options by which a process joins a run of several; SLURM and mpirun need none."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: address of process 0")
+    parser.add_argument("--processes", type=count(1, 65536), metavar="N", help="how many processes")
+    parser.add_argument("--process", type=count(0), metavar="I", help="which one this is")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -272,13 +276,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--gpu-memory",
-        type=parse_bytes,
+        type=gpu_memory,
         metavar="SIZE",
         help="most memory of a device, such as 80g; what needs more is refused (default: what JAX may take of a GPU)",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: address of process 0")
-    group.add_argument("--processes", type=count(1, 65536), metavar="N", help="how many processes")
-    group.add_argument("--process", type=count(0), metavar="I", help="which one this is")
+    add_joining(group)
 
     group = parser.add_argument_group("method")
     group.add_argument(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from apb_jax.arguments import length, number
 from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
-from apb_jax.options import PLACEMENTS, parse_bytes
+from apb_jax.options import PLACEMENTS, gpu_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,9 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=number(int, 1, 1024), default=1, metavar="N", help="devices in all")
     parser.add_argument("--tp", type=number(int, 1, 64), default=1, metavar="M", help="of them tensor-parallel")
     parser.add_argument("--gpu", default=None, metavar="NAME", help=f"whose figures (this GPU, else {DEFAULT_DEVICE})")
-    parser.add_argument(
-        "--gpu-memory", type=parse_bytes, metavar="SIZE", help="of each GPU, such as 80g (default: its)"
-    )
+    parser.add_argument("--gpu-memory", type=gpu_memory, metavar="SIZE", help="of each GPU, such as 80g (default: its)")
     parser.add_argument("--method", default="apb", metavar="NAME", help="as in apb_jax.run (default: apb)")
     parser.add_argument(
         "--shards", type=number(int, 1, 1024), metavar="N", help="parts of the document, as in apb_jax.run"

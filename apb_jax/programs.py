@@ -30,6 +30,7 @@ from apb_jax.model.layers import Where
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import Transformer
 from pallas_kernels.dispatch import record_choices
+from pallas_kernels.errors import KernelInputError, Unsupported
 
 KEPT_PROGRAMS = 128
 """Compiled programs that an engine keeps; the one used longest ago goes first."""
@@ -153,8 +154,11 @@ class Programs:
             if self.on_compile:
                 self.on_compile(name)
             started = time.perf_counter()
-            with record_choices() as chosen:
-                self.compiled[key] = make().lower(*args).compile()
+            try:
+                with record_choices() as chosen:
+                    self.compiled[key] = make().lower(*args).compile()
+            except (KernelInputError, Unsupported) as error:
+                raise UserError(f"--kernels: {error}; nearest legal choice: --kernels auto") from error
             self.note_choices(name, chosen)
             self.sizes[key] = program_bytes(self.compiled[key])
             self.compile_s += time.perf_counter() - started

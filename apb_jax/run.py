@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from apb_jax.command import command
 from apb_jax.errors import UserError
 from apb_jax.files import to_json
-from apb_jax.options import DEFAULT_SEQ, DEFAULT_SIMULATED, RunConfig, parse
+from apb_jax.options import DEFAULT_SEQ, RunConfig, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,16 +26,15 @@ if TYPE_CHECKING:
 
 def choose_devices(config: RunConfig, console: Console) -> None:
     """Simulated devices where there is no accelerator; the process group where there are several processes."""
-    from apb_jax.mesh import Joining, has_accelerator, reserve_memory, sequence_devices, simulate_devices
+    from apb_jax.joining import Joining
+    from apb_jax.mesh import has_accelerator, reserve_memory, simulate_devices, simulated_devices
 
     joining = Joining(config.coordinator, config.processes, config.process)
     simulated = 0
     if has_accelerator():
         reserve_memory()
     else:
-        # The packaged model shows eight shards on as many devices; any other answers faster on one (its shards stay).
-        usual = DEFAULT_SIMULATED if config.model == "tiny" else 1
-        simulated = max(1, (config.sp or sequence_devices(usual, config.shards)) * config.tp // joining.count)
+        simulated = max(1, simulated_devices(config.model, config.sp, config.tp, config.shards) // joining.count)
         simulate_devices(simulated)
     joining.start()
     if joining.count > 1:

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.errors import UserError
 
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -25,6 +27,12 @@ class Sampler:
                 raise UserError(f"{name} is {value!r}; it must be a number")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more, and finite")
+        if 0 < self.temperature < LEAST_TEMPERATURE or self.temperature > LARGEST_TEMPERATURE:
+            nearest = 0 if self.temperature < 1 else LARGEST_TEMPERATURE
+            raise UserError(
+                f"--temperature is {self.temperature}; it must be 0 (greedy) or lie in {LEAST_TEMPERATURE:g}.."
+                f"{LARGEST_TEMPERATURE:g}, which float32 can divide by; nearest legal choice: {nearest:g}"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p is {self.top_p}; it must lie in (0, 1]")
 
@@ -52,7 +60,7 @@ def draw(
     logits: Float[Array, "B V"], key: jax.Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, " B"]:
     """A token of each request at ``temperature`` > 0 from the fewest tokens with mass ``top_p``, int32."""
-    logits = logits / temperature
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature  # finite at any temperature
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     share = jax.nn.softmax(ordered, axis=-1)
     kept = jnp.sum(jnp.cumsum(share, axis=-1) - share < top_p, axis=-1, keepdims=True)

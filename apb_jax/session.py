@@ -18,6 +18,7 @@ from apb_jax.generation import Answer, Generation, OnTokens, Wanted, teacher_for
 from apb_jax.programs import Lengths
 from apb_jax.prompt.ids import Text
 from apb_jax.sampling import Sampler
+from apb_jax.typed import check_value
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -73,6 +74,9 @@ class Session:
         on_tokens: OnTokens | None = None,
     ) -> Generation:
         """The query phase now, and an answer to be decoded chunk by chunk; see ``Engine.generate``."""
+        check_value("stop_ids", stop_ids, list, tuple, type(None))
+        if on_tokens is not None and not callable(on_tokens):
+            raise UserError(f"on_tokens is {on_tokens!r:.60}; it must be callable with (request, ids)")
         stops = self.engine.stop_ids if stop_ids is None else tuple(stop_ids)
         wanted = Wanted(max_new_tokens, sampler, seed, stops, logits)
         queries = self.queries(query)
@@ -93,6 +97,7 @@ class Session:
         """Write the session to a new folder, from which ``Engine.load_session`` reads it on any number of shards."""
         from apb_jax.session_store.writer import save
 
+        check_value("folder", folder, str, Path)
         return save(self, folder)
 
     def logits(self, continuation: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:

@@ -5,35 +5,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import sys
 from dataclasses import asdict
-from typing import NoReturn
 
-from apb_jax.errors import UserError
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors: one line, no usage dump."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes: "0", "500M" (500 million), "50G"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)b?", text.strip().lower())
-    if not match:
-        raise UserError(f"--keep-bytes {text!r} is not a number of bytes; write for example 0, 500M or 50G")
-    return int(float(match[1]) * UNITS[match[2]])
+from apb_jax.arguments import size
+from apb_jax.command import Parser, command
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of ``python -m apb_jax.sessions``."""
-    parser = _Parser(prog="python -m apb_jax.sessions", description="Sessions that were saved to disk.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    parser = Parser(prog="python -m apb_jax.sessions", description="Sessions that were saved to disk.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     one = commands.add_parser("list", help="the sessions in a folder, the one used longest ago first")
     one.add_argument("root", metavar="DIR")
     one = commands.add_parser("show", help="what made a session, as JSON; its files against their sizes")
@@ -42,11 +24,12 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("folders", nargs="+", metavar="SESSION")
     one = commands.add_parser("prune", help="remove the sessions used longest ago, and what was left unfinished")
     one.add_argument("root", metavar="DIR")
-    one.add_argument("--keep-bytes", required=True, metavar="N", help="bytes that may stay: 0, 500M, 50G")
+    one.add_argument("--keep-bytes", type=size(0), required=True, metavar="N", help="bytes that may stay: 0, 500M, 50G")
     return parser
 
 
-def run(argv: list[str] | None) -> None:
+@command("python -m apb_jax.sessions")
+def main(argv: list[str]) -> None:
     """Do what the command line asks for."""
     from apb_jax.session_store.folders import kept, prune, remove
     from apb_jax.session_store.manifest import read_manifest
@@ -70,18 +53,8 @@ def run(argv: list[str] | None) -> None:
             remove(folder)
             print(f"removed {folder}")
     else:
-        for one in prune(given.root, parse_bytes(given.keep_bytes)):
+        for one in prune(given.root, given.keep_bytes):
             print(f"removed {one.folder}\t{one.bytes / 1e6:,.1f} MB")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line on standard error."""
-    try:
-        run(argv)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 
 from apb_jax.arguments import length as parse_length
 from apb_jax.command import Parser, command
-from apb_jax.options import parse_bytes
+from apb_jax.options import gpu_memory
 
 TOLERANCE = 0.07
 NEW_TOKENS = 16
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["full", "apb"])
     parser.add_argument("--sp", type=int, default=1)
     parser.add_argument("--shards", type=int, default=None)
-    parser.add_argument("--gpu-memory", type=parse_bytes, default=None)
+    parser.add_argument("--gpu-memory", type=gpu_memory, default=None)
     parser.add_argument("--answer", action="store_true", help="answer too: query and decoding compile, half a minute")
     parser.add_argument("--timed", action="store_true", help="prefill a second time, warm, for its seconds")
     parser.add_argument("--limit-s", type=float, default=290.0, help="start no configuration after so many seconds")

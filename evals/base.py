@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from apb_jax.errors import UserError
+from apb_jax.joining import Joining
 
 
 class EvalError(UserError):
@@ -150,6 +151,8 @@ class SystemSpec:
     shards: int | None = None
     length: int | None = None
     """Tokens of the longest prompt: what method "auto" is chosen for."""
+    joining: Joining = field(default_factory=Joining)
+    """How this process joins a run of several."""
 
 
 class Task(Protocol):

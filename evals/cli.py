@@ -12,7 +12,9 @@ from rich.console import Console
 from apb_jax.arguments import count, lengths, one_of, output_folder, seed, shards, tensor_devices
 from apb_jax.command import Parser, command
 from apb_jax.files import read_json, read_text, write_text
+from apb_jax.joining import Joining
 from apb_jax.json_text import parse_json
+from apb_jax.options import add_joining
 from apb_jax.synthetic.packaged import NOVEL
 from evals.base import EvalError, Generator, LogProbs, SystemSpec, Task, require_choice
 from evals.datahelp import WHERE
@@ -135,14 +137,17 @@ def _benchmark(commands, name: str, text: str, run: Callable) -> argparse.Argume
     parser.add_argument("--weights", help="folder of other weights, or 'random'")
     parser.add_argument("--heads", help="file with retaining heads")
     parser.add_argument("--dtype", type=one_of(("bf16", "float32")), help="bf16 or float32")
-    parser.add_argument("--sp", type=shards, help="devices along the sequence (default: all; 8 simulated)")
+    parser.add_argument(
+        "--sp", type=shards, help="devices along the sequence (default: all GPUs; without a GPU as apb_jax.run)"
+    )
     parser.add_argument("--tp", type=tensor_devices, default=1, help="devices along the heads")
     parser.add_argument(
         "--shards",
         "--virtual-shards",
         type=shards,
-        help="parts of the document, a multiple of --sp (default: --sp)",
+        help="parts of the document, a multiple of --sp (default: --sp; on one device 8 where a method needs them)",
     )
+    add_joining(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -157,7 +162,8 @@ def _spec(args: argparse.Namespace) -> SystemSpec:
         if not found or found.group(1) not in methods:
             raise EvalError(f"--set {item!r}: expected METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
         options.setdefault(found.group(1), {})[found.group(2)] = _value(found.group(3))
-    where = (args.sp, args.tp, args.shards, max(args.seq))
+    joining = Joining(args.coordinator, args.processes, args.process)
+    where = (args.sp, args.tp, args.shards, max(args.seq), joining)
     return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, *where)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from apb_jax.files import check_input
 from evals.base import UNSCORABLE, EvalError, mean_percent, require_choice
 from evals.infinitebench import records, scoring
 from evals.ruler.scoring import METRICS, task_score
@@ -18,13 +19,16 @@ INFINITEBENCH_FIELDS = {"prediction": ("prediction", "pred"), "references": ("gr
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) of every JSON object; several on a line and STRING's ``step``/``avg:`` lines are accepted."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip() or line.startswith(("step", "avg:")):
-                continue
-            where = f"{path}, line {number}"
-            for row in records.parse_objects(line, where):
-                yield where, row
+    with check_input(path, "the file").open(encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip() or line.startswith(("step", "avg:")):
+                    continue
+                where = f"{path}, line {number}"
+                for row in records.parse_objects(line, where):
+                    yield where, row
+        except UnicodeDecodeError as error:
+            raise EvalError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _chunks(path: Path) -> list[Path]:
@@ -54,7 +58,7 @@ def _rows_of_task(path: Path, task: str) -> list[tuple[str, dict[str, Any]]]:
         raise EvalError(f"{path}: the file holds no records")
     named = [(where, row) for where, row in found if row.get("task", task) == task]
     if not named:
-        held = sorted({row["task"] for _, row in found})
+        held = sorted({str(row["task"]) for _, row in found})
         raise EvalError(f"{path}: no record of task {task!r}; it holds {', '.join(held)}")
     return named
 

@@ -149,7 +149,7 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
         return _write(runs, out)
     except UserError:
         raise
-    except UNSCORABLE as error:  # a field of another kind than a run writes
+    except (*UNSCORABLE, RecursionError) as error:  # a field of another kind than a run writes
         paths = ", ".join(str(run.path) for run in runs)
         raise EvalError(f"a run is damaged ({type(error).__name__}: {error}); one of {paths}") from error
 

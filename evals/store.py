@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_jax.files import check_output_folder, read_json, write_json
+from apb_jax.json_text import parse_json
 from evals.base import EvalError
 
 ROWS = "predictions.jsonl"
@@ -64,7 +65,14 @@ class RunFolder:
                 folder.rmdir()
 
     def key(self, row: Mapping[str, Any]) -> tuple:
-        return tuple(row[name] for name in self._key_fields)
+        try:
+            found = tuple(row[name] for name in self._key_fields)
+            hash(found)
+        except (KeyError, TypeError) as error:
+            raise EvalError(
+                f"{self.path / ROWS}: a row without {', '.join(self._key_fields)}; it was edited"
+            ) from error
+        return found
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row to the disk; when this returns the row survives a kill."""
@@ -111,6 +119,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _row(line: bytes) -> dict[str, Any]:
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}")
+    return row
+
+
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """The complete rows of a run's log; a torn last line is left out."""
     path = folder / ROWS
@@ -119,6 +134,6 @@ def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
+                yield _row(line)
             except ValueError as error:
                 raise EvalError(f"{path}, line {number}: not a JSON object ({error}); the log was edited") from error

@@ -8,9 +8,9 @@ import numpy as np
 
 from apb_jax.errors import UserError
 from apb_jax.measure.plan import check_memory
-from apb_jax.options import DEFAULT_SIMULATED
 from apb_jax.prompt.pieces import begin_ids
 from evals.base import Completion, Scored, SystemSpec
+from evals.follow import Call, follow, lead, send
 from evals.tokens import Tokens, as_tokens
 
 AUTO = "auto"
@@ -95,12 +95,17 @@ class EngineSystem:
         """The engine's answers to a batch of (document, query) ids."""
         from apb_jax.batching import answer_batch
 
+        given = {"prompts": [[list(map(int, ids)) for ids in pair] for pair in prompts], "new_tokens": max_new_tokens}
+        embedded = None if embedded_query is None else list(map(int, embedded_query))
+        send({"method": self._method, "answer": given, "embedded": embedded, "ignore_stop": ignore_stop})
         asked = [self._prompt(d, q, embedded_query) for d, q in prompts]
         check_memory(self._engine, asked, max_new_tokens)
         return answer_batch(self._engine, asked, max_new_tokens, stop_ids=() if ignore_stop else None)
 
     def score_ids(self, document: Sequence[int], query: Sequence[int], continuation: Sequence[int]) -> Scored:
         """Log-probabilities of the continuation; ``greedy``: whether greedy decoding would give it."""
+        given = [list(map(int, ids)) for ids in (document, query, continuation)]
+        send({"method": self._method, "score": given})
         prompt = self._prompt(document, query)
         check_memory(self._engine, [prompt], len(continuation))
         session = self._engine.prefill([prompt])
@@ -116,6 +121,16 @@ class EngineSystem:
     def _prompt(self, document: Sequence[int], query: Sequence[int], embedded: Sequence[int] | None = None) -> Any:
         ids = [None if x is None else np.asarray(x, np.int32) for x in (document, query, embedded)]
         return self._engine.prompt(*ids)
+
+    def obey(self, call: Call) -> None:
+        """A call of the first of several processes, with this one's devices."""
+        if "score" in call:
+            self.score_ids(*call["score"])
+            return
+        given = call["answer"]
+        self.answer_ids(
+            given["prompts"], given["new_tokens"], embedded_query=call["embedded"], ignore_stop=call["ignore_stop"]
+        )
 
     def describe(self) -> dict[str, Any]:
         import jax
@@ -150,13 +165,26 @@ def _facts(method: Any, notes: Sequence[str]) -> dict[str, Any]:
 
 
 def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
-    """Load the model once; the returned function puts it under a method."""
-    from apb_jax.mesh import SP, has_accelerator, make_mesh, reserve_memory, sequence_devices, simulate_devices
+    """Load the model once; the returned function puts it under a method.
+
+    Of several processes only the first one returns; the others work for it and leave with ``SystemExit`` 0.
+    """
+    from apb_jax.mesh import (
+        SP,
+        has_accelerator,
+        make_mesh,
+        reserve_memory,
+        sequence_devices,
+        simulate_devices,
+        simulated_devices,
+    )
 
     if has_accelerator():
         reserve_memory()
     else:
-        simulate_devices((spec.sp or sequence_devices(DEFAULT_SIMULATED, spec.shards)) * spec.tp)
+        devices = simulated_devices(spec.model, spec.sp, spec.tp, spec.shards)
+        simulate_devices(max(1, devices // spec.joining.count))
+    spec.joining.start()
     import jax
 
     from apb_jax.attention.registry import MethodSpec
@@ -179,6 +207,7 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     engines = Beside(Engine(model, "full", mesh, prompt_style=PromptStyle("none"), shards=spec.shards))
 
     def system(name: str) -> EngineSystem:
+        send({"method": name})
         if name != AUTO:
             return EngineSystem(engines.of(methods[name]), spec, name)
         found = choose(model, spec.length or model.config.max_positions, mesh.shape[SP], tp=spec.tp)
@@ -188,4 +217,17 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
         engine = Engine(model, chosen, place, prompt_style=PromptStyle("none"), shards=shards, beside=engines.first)
         return EngineSystem(engine, spec, name, found.reason)
 
+    if jax.process_index() > 0:
+        made: dict[str, EngineSystem] = {}
+
+        def obey(call: Call) -> None:
+            name = call["method"]
+            if name not in made:
+                made[name] = system(name)
+            elif len(call) > 1:
+                made[name].obey(call)
+
+        follow(obey)
+        raise SystemExit(0)
+    lead()
     return system

@@ -9,6 +9,9 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from apb_jax.command import Parser, command
+from apb_jax.errors import UserError
+from apb_jax.files import check_output_file, write_json
 from pallas_kernels import device, tuned
 from pallas_kernels.decode_attention import mosaic_gpu as decode
 from pallas_kernels.decode_attention.call import make_call as decode_call
@@ -39,7 +42,7 @@ def _fastest(op: str, dim: int, configs, measure) -> dict[str, int]:
         if best is None or ms < best[0]:
             best = ms, fields
     if best is None:
-        raise SystemExit(f"error: no configuration of {op} fits D {dim} on this GPU")
+        raise UserError(f"no configuration of {op} fits D {dim} on this GPU")
     return best[1]
 
 
@@ -79,16 +82,22 @@ def tune_decode(dim: int) -> dict[str, int]:
     return _fastest("decode_attention", dim, _grid(block_keys=(64, 128), stages=(2, 3)), measure)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m pallas_kernels.tune``."""
+    parser = Parser(prog="python -m pallas_kernels.tune", description=__doc__)
     parser.add_argument("--head-dim", type=int, choices=(64, 128), action="append", help="default: both")
-    options = parser.parse_args()
+    return parser
+
+
+@command("python -m pallas_kernels.tune")
+def main(argv: list[str]) -> None:
+    """Measure, and keep the fastest parameters beside those that were not measured."""
+    options = make_parser().parse_args(argv)
     here = device.current()
     if reason := device.refuse_unless_hopper(here):
-        print(f"error: tuning {reason}", file=sys.stderr)
-        return 2
+        raise UserError(f"tuning {reason}")
     dims = options.head_dim or [128, 64]
-    path = tuned.path_for(here)
+    path = check_output_file(tuned.path_for(here), "the table of this device")
     old = json.loads(path.read_text())["parameters"] if path.exists() else {}
     measured = {
         op: {**old.get(op, {}), **{str(dim): tune(dim) for dim in dims}}
@@ -98,12 +107,11 @@ def main() -> int:
         "device": here.name,
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
-        "command": " ".join(["python -m pallas_kernels.tune", *sys.argv[1:]]),
+        "command": " ".join(["python -m pallas_kernels.tune", *argv]),
         "parameters": measured,
     }
-    path.write_text(json.dumps(entry, indent=2) + "\n")
+    write_json(path, entry, indent=2)
     print(f"wrote {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import sys
 from pathlib import Path
 
 from apb_jax.attention.registry import METHODS
+from apb_jax.command import Parser, command
 
 
 def table() -> str:
@@ -34,5 +37,17 @@ def table() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-if __name__ == "__main__":
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: no options but ``--help``."""
+    return Parser(prog="python -m apb_jax.attention", description=__doc__)
+
+
+@command("python -m apb_jax.attention")
+def main(argv: list[str]) -> None:
+    """Print the table."""
+    make_parser().parse_args(argv)
     print(table())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.placement import Placement
+from apb_jax.errors import UserError
 from apb_jax.rope.base import Rope, rotate
+from apb_jax.typed import check_types
+from pallas_kernels.flash_attention import IMPLEMENTATIONS
 
 KeptKV = tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
 
@@ -22,6 +25,12 @@ class Kernels:
 
     attention: str | None = None
 
+    def __post_init__(self) -> None:
+        check_types(self)
+        names = [one.name for one in IMPLEMENTATIONS]
+        if self.attention is not None and self.attention not in names:
+            raise UserError(f"--kernels {self.attention!r} is unknown; choose one of auto, {', '.join(names)}")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -30,6 +39,15 @@ class Prompt:
     document: np.ndarray
     query: np.ndarray
     embedded_query: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name in ("document", "query", "embedded_query"):
+            ids = getattr(self, name)
+            if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+                kind = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+                raise UserError(f"{name} is {kind}; a Prompt holds one-dimensional arrays of token ids (Engine.prompt)")
+            if not len(ids) and name != "embedded_query":
+                raise UserError(f"the {name} has 0 tokens; it needs at least 1")
 
 
 @jax.tree_util.register_dataclass

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from apb_jax.errors import UserError
 from apb_jax.mesh import SP
+from apb_jax.typed import check_types
 
 LOCAL = "local_shards"
 ORDERS = ("contiguous", "zigzag")
@@ -35,6 +36,7 @@ class Placement:
     order: str = "contiguous"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.order not in ORDERS:
             raise UserError(f"placement {self.order!r} is unknown; choose one of {', '.join(ORDERS)}")
         if self.devices < 1 or self.local < 1:

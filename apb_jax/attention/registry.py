@@ -22,6 +22,7 @@ from apb_jax.attention.streaming import Streaming
 from apb_jax.attention.ulysses import Ulysses
 from apb_jax.attention.xattention import XAttention
 from apb_jax.errors import UserError
+from apb_jax.typed import check_types
 
 METHODS: dict[str, type[AttentionMethod]] = {
     "full": Full,
@@ -48,6 +49,7 @@ class MethodSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(self, name="method")
         if self.name not in METHODS:
             near = difflib.get_close_matches(self.name, METHODS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

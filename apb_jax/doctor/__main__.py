@@ -1,6 +1,6 @@
 """``python -m apb_jax.doctor``: versions, driver, links and a self-test of this machine, one line a finding.
 
-Exit status: 0 where nothing is broken, 1 where something is.
+Exit status: 0 where nothing is broken, 1 where something is, 2 for wrong input.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from apb_jax.command import Parser, command
 from apb_jax.doctor.facts import Facts, probe
 from apb_jax.doctor.findings import Finding, examine
 from apb_jax.measure.devices import DeviceFigures, figures_of
@@ -28,22 +29,33 @@ def findings(facts: Facts, test: SelfTest | None) -> list[Finding]:
     return found + test(expected)
 
 
-def main(argv: list[str] | None = None, look: Callable[[], Facts] = probe, test: SelfTest | None = None) -> int:
-    """Print what was found; ``look`` and ``test``: where facts and self-test come from."""
-    parser = argparse.ArgumentParser(prog="python -m apb_jax.doctor", description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of ``python -m apb_jax.doctor``."""
+    parser = Parser(prog="python -m apb_jax.doctor", description=__doc__)
     parser.add_argument("--no-self-test", action="store_true", help="look only; run nothing on the devices")
-    args = parser.parse_args(argv)
-    from apb_jax.doctor.selftest import self_test
-    from apb_jax.mesh import has_accelerator, reserve_memory
+    return parser
 
-    if has_accelerator():
-        reserve_memory()  # as a run does, so that it is what a run would have
-    found = findings(look(), None if args.no_self_test else test or self_test)
+
+def doctor(facts: Facts, test: SelfTest | None) -> int:
+    """Print what was found; 1 where something is broken, else 0."""
+    found = findings(facts, test)
     for finding in found:
         print(finding)
     broken = sum(finding.level == "broken" for finding in found)
     print("nothing is broken" if not broken else f"{broken} broken: do what these lines say, then run this again")
     return 1 if broken else 0
+
+
+@command("python -m apb_jax.doctor")
+def main(argv: list[str]) -> int:
+    """Look at this machine, and test it unless asked not to."""
+    args = make_parser().parse_args(argv)
+    from apb_jax.doctor.selftest import self_test
+    from apb_jax.mesh import has_accelerator, reserve_memory
+
+    if has_accelerator():
+        reserve_memory()  # as a run does, so that it is what a run would have
+    return doctor(probe(), None if args.no_self_test else self_test)
 
 
 if __name__ == "__main__":

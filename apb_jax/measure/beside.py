@@ -27,7 +27,7 @@ class Beside:
         first = self.first
         alone = first.mesh.shape[SP] == 1 and first.settings.shards in (None, 1)
         if spec.can.max_shards != 1 or alone:
-            return first.with_method(spec)
+            return first.with_method(spec, shards=spec.shards_on(first.mesh.shape[SP], first.settings.shards))
         if jax.process_count() > 1:
             raise UserError(
                 f"method {spec.name!r} runs on one device and cannot stand beside {jax.process_count()} processes; "

@@ -17,6 +17,7 @@ from apb_jax.rope.default import DefaultRope, NoRope
 from apb_jax.rope.from_hf import rope_from_hf
 from apb_jax.rope.string import StringRope
 from apb_jax.rope.yarn import YarnRope
+from apb_jax.typed import check_items, check_types
 
 LARGEST_EPS = 0.1
 """Far above any model's: a larger one is a damaged file."""
@@ -34,6 +35,7 @@ class LayerSpec:
     """The layer's own rule, ``NoRope()`` for none; None: the model's."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.window is not None and self.window < 1:
             raise UserError(f"sliding window is {self.window} tokens; it must be at least 1 (None: full attention)")
 
@@ -70,6 +72,9 @@ class ModelConfig:
     """A spec per layer, or the group of them that repeats until there are ``num_layers``."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_items("layers", self.layers, LayerSpec)
+        check_items("eos_ids", self.eos_ids, int)
         if self.family not in FAMILIES:
             raise UserError(f"model family {self.family!r} is not supported; supported: {', '.join(FAMILIES)}")
         for name in (
@@ -77,8 +82,8 @@ class ModelConfig:
             "max_positions",
         ):  # fmt: skip
             value = getattr(self, name)
-            if value < 1 or value != int(value):
-                raise UserError(f"{name} is {value}; it must be a whole number of at least 1")
+            if not 1 <= value < 2**31:
+                raise UserError(f"{name} is {value}; it must be a whole number of at least 1, below 2**31")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} KV heads; "

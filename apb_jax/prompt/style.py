@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apb_jax.errors import UserError
+from apb_jax.typed import check_types
 
 OWN = "model"
 """The name of a tokenizer's own chat template."""
@@ -39,6 +40,7 @@ class PromptStyle:
     """Variables of the model's own template, such as ``enable_thinking``."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.system is not None:
             if not self.system.strip():
                 raise UserError(f"--system is {self.system!r}; it needs at least one word")

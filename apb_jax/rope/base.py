@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from apb_jax.errors import UserError
+from apb_jax.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Rope(abc.ABC):
     kind: ClassVar[str]
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 1 < self.theta < math.inf:  # false for NaN too
             raise UserError(f"rope theta is {self.theta}; it must be finite and exceed 1 (Llama 3: 500000)")
 

@@ -7,25 +7,27 @@ import contextlib
 import signal
 import socket
 import sys
-from typing import Any
 
-from apb_jax.command import fail
+from apb_jax.command import command
 from apb_jax.errors import UserError
+from apb_jax.files import reason, shown
 from apb_jax.serve.options import ServeConfig, parse
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; the port is taken from here on."""
+    if not host.strip():
+        raise UserError("--host is empty, which would be every address; nearest legal choice: 127.0.0.1 (or 0.0.0.0)")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
         made.listen(256)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that is too long for DNS
         made.close()
         raise UserError(
-            f"--host {host} --port {port}: {error.strerror or error}; nearest legal choice: --port 0, any free one"
+            f"--host {shown(host, 60)} --port {port}: {reason(error)}; nearest legal choice: --port 0, any free one"
         ) from error
     return made
 
@@ -64,7 +66,7 @@ def serve(config: ServeConfig) -> int:
         def leave() -> None:
             server.should_exit = True
 
-        # uvicorn raises a signal again once it has shut down; by then it is answered.
+        # The server's own way to end; uvicorn raises a signal again once it has shut down, by then it is answered.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         service.start(lambda: print(f"ready: {address}", flush=True), leave)
@@ -75,16 +77,10 @@ def serve(config: ServeConfig) -> int:
         return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 after a signal, or 2 with one line on standard error for wrong input."""
-    handlers: dict[Any, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return serve(parse(argv))
-    except UserError as error:
-        return fail(str(error))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+@command("python -m apb_jax.serve")
+def main(argv: list[str]) -> int:
+    """Exit status: 0 after a signal that ended a running server, or 2 with one line on standard error."""
+    return serve(parse(argv))
 
 
 if __name__ == "__main__":

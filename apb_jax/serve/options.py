@@ -5,26 +5,17 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from apb_jax.arguments import number
+from apb_jax.arguments import number, size
 from apb_jax.command import Parser
 from apb_jax.errors import UserError
+from apb_jax.files import read_text
 from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _setting
 from apb_jax.prompt.style import parse_separator, parse_template_arg
 
 DEFAULT = "default"
 """The method of who names none: an exact one."""
-_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes: "4096", "64M", "50G"."""
-    match = re.fullmatch(r"(\d+)([kmgt]?)b?", text.strip().lower())
-    if not match or int(match[1]) == 0:
-        raise UserError(f"size {text!r} is not a number of bytes; write for example 64M or 50G")
-    return int(match[1]) * _SIZES[match[2]]
 
 
 @dataclass(frozen=True)
@@ -54,10 +45,7 @@ class ServeConfig:
         """API keys, one a line of the file."""
         if self.api_key_file is None:
             return ()
-        try:
-            lines = Path(self.api_key_file).read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(f"--api-key-file {self.api_key_file} cannot be read: {error.strerror}") from error
+        lines = [line.encode() for line in read_text(self.api_key_file, "--api-key-file").splitlines()]
         keys = tuple(line.strip() for line in lines if line.strip())
         if not keys:
             raise UserError(f"--api-key-file {self.api_key_file} is empty; it needs a key, one a line")
@@ -107,11 +95,11 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     group.add_argument("--port", type=number(int, 0, 65535), default=8000, help="0: a free one (default: 8000)")
     group.add_argument("--api-key-file", metavar="FILE", help="keys that clients must send, one a line")
-    group.add_argument("--max-body", type=parse_bytes, default=64 << 20, metavar="SIZE", help="default: 64M")
+    group.add_argument("--max-body", type=size(1), default=64 << 20, metavar="SIZE", help="default: 64M")
     group.add_argument("--queue", type=number(int, 1, 100_000), default=64, help="requests that may wait")
     group.add_argument("--answers", type=number(int, 1, 1024), default=8, help="decoded in turn")
     group.add_argument(
-        "--device-bytes", type=parse_bytes, metavar="SIZE",
+        "--device-bytes", type=size(1), metavar="SIZE",
         help="sessions kept on the devices (default: 40%% of the memory that is free behind the weights; 2G on CPUs)",
     )  # fmt: skip
     group.add_argument(

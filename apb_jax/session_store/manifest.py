@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from apb_jax.errors import UserError
+from apb_jax.files import read_json, what_is
 from apb_jax.weights.atomic import PARTIAL
 from apb_jax.weights.fingerprint import text_fingerprint
 
@@ -97,12 +98,15 @@ def read_manifest(folder: Path) -> Manifest:
     folder = Path(folder)
     if folder.name.endswith(PARTIAL):
         raise UserError(f"{folder} is unfinished: its saving was cut off; remove it and save again")
+    path = folder / MANIFEST
+    if what_is(path) is None:
+        raise UserError(f"{folder} is no saved session (it has no {MANIFEST})")
     try:
-        body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is no saved session (it has no {MANIFEST})") from None
-    except ValueError as error:
-        raise UserError(f"{folder}/{MANIFEST} is damaged: it is no JSON ({error}); remove the session") from error
+        body = read_json(path, "a session's manifest")
+    except UserError as error:
+        if not isinstance(error.__cause__, ValueError | RecursionError):
+            raise
+        raise UserError(f"{path} is damaged: it is no JSON ({error.__cause__}); remove the session") from error
     if not isinstance(body, dict) or "checksum" not in body:
         raise UserError(f"{folder}/{MANIFEST} is no session's manifest: it has no checksum")
     if body.get("format") != FORMAT:

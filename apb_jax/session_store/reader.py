@@ -22,11 +22,13 @@ from apb_jax.decode import DecodePlan
 from apb_jax.errors import UserError
 from apb_jax.mesh import SP, TP
 from apb_jax.programs import Lengths, Programs
+from apb_jax.prompt.ids import as_ids
 from apb_jax.session import Session
 from apb_jax.session_store.folders import touch
 from apb_jax.session_store.identity import check_engine
 from apb_jax.session_store.manifest import PROMPTS, FileFacts, Manifest, kv_file, read_manifest
 from apb_jax.session_store.rows import even_layout, rows_in_order
+from apb_jax.typed import check_value
 from apb_jax.weights.safetensors_header import DTYPES, read_header
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ def load(engine: Engine, folder: str | Path, documents: Sequence[np.ndarray] | N
     Raises:
         UserError: no session, a damaged one, or one that another model, method or document made; in one line.
     """
+    check_value("folder", folder, str, Path)
+    check_value("documents", documents, list, tuple, type(None))
     folder, started = Path(folder), time.perf_counter()
     manifest = read_manifest(folder)
     check_engine(engine, manifest, folder)
@@ -88,7 +92,7 @@ def check_documents(folder: object, prompts: Sequence[Prompt], documents: Sequen
     if len(prompts) != len(documents):
         raise UserError(f"{folder} holds {len(prompts)} documents, here are {len(documents)}")
     for b, (prompt, given) in enumerate(zip(prompts, documents, strict=True)):
-        saved, ours = prompt.document, np.asarray(given)
+        saved, ours = prompt.document, as_ids(given, f"document {b}")
         if len(saved) != len(ours):
             raise UserError(f"document {b} of {folder} has {len(saved)} tokens, the one given has {len(ours)}")
         differ = np.flatnonzero(saved != ours)

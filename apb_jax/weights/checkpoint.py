@@ -16,6 +16,7 @@ from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.transformer import Transformer
 from apb_jax.model.weights import partition_specs
+from apb_jax.typed import check_value
 from apb_jax.weights.finite import check_finite
 from apb_jax.weights.folding import fold, why_not
 from apb_jax.weights.generation_config import read_stop_ids
@@ -285,6 +286,12 @@ def load(
     Raises:
         UserError: what is wrong with the name, the folder, a header or a shape, in one line.
     """
+    for name, value in (("name_or_path", name_or_path), ("weights", weights), ("heads", heads)):
+        check_value(name, value, str, Path, *([] if name == "name_or_path" else [type(None)]))
+        if "\0" in str(value):
+            raise UserError(f"{name} {str(value)!r:.60} holds a NUL character")
+    check_value("dtype", dtype, str, type(None))
+    check_value("fold_heads", fold_heads, bool, type(None))
     parsed = parse_dtype(dtype)
     located = locate(name_or_path, weights_needed=weights is None)
     folder = located.folder

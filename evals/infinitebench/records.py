@@ -135,7 +135,7 @@ def parse_objects(line: str, where: str) -> Iterator[dict]:
     while place < len(line):
         try:
             value, place = decoder.raw_decode(line, place)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EvalError(f"{where}: not a JSON object ({error})") from error
         if not isinstance(value, dict):
             raise EvalError(f"{where}: expected a JSON object, got {type(value).__name__}")

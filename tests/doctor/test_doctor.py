@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from apb_jax.doctor import selftest
-from apb_jax.doctor.__main__ import findings, main
+from apb_jax.doctor.__main__ import doctor, findings
 from apb_jax.doctor.facts import Facts, cuda_numbers, installed, probe, tool
 from apb_jax.doctor.findings import Finding, examine, link_matrix, numbers
 from apb_jax.measure.devices import figures_named
@@ -157,10 +157,10 @@ def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
         given.append(expected)
         return [Finding("note", "matmul", "slow")]
 
-    assert main([], look=lambda: HEALTHY, test=measured) == 0
+    assert doctor(HEALTHY, measured) == 0
     assert capsys.readouterr().out.endswith("nothing is broken\n")
     assert given == [figures_named("h100")]
-    assert main(["--no-self-test"], look=lambda: dataclasses.replace(HEALTHY, cuda_runtime=12080)) == 1
+    assert doctor(dataclasses.replace(HEALTHY, cuda_runtime=12080), None) == 1
     assert "1 broken: do what these lines say" in capsys.readouterr().out
     other = dataclasses.replace(HEALTHY, device_kinds=("NVIDIA A100-SXM4-80GB",))
     assert any("no measured figures of NVIDIA A100-SXM4-80GB" in str(f) for f in findings(other, lambda _: []))

@@ -244,7 +244,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--seq", "90"], "--seq 90 leaves no room for a document"),
         (["--gpus", "8", "--tp", "3"], "--tp 3 does not divide --gpus 8; nearest legal choice: --gpus 9"),
         (["--gpus", "48", "--tp", "16"], "--tp 16 does not divide llama3.1-8b's 8 KV heads"),
-        (["--gpu-memory", "lots"], "memory 'lots' is not a size; write for example 80g"),
+        (
+            ["--gpu-memory", "lots"],
+            "--gpu-memory is 'lots', which is not a size in bytes; write for example 512m or 80g",
+        ),
         (["--gpu", "b200"], "device 'b200' has no measured figures"),
         (["--method", "rings"], "did you mean 'ring'?"),
         (["--gpus", "2", "--shards", "3"], "--shards 3 is no multiple of the 2 devices"),

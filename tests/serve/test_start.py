@@ -17,9 +17,10 @@ import pytest
 from helpers import ROOT
 from serve.books import book
 
+from apb_jax.arguments import size
 from apb_jax.errors import UserError
 from apb_jax.serve.__main__ import main
-from apb_jax.serve.options import parse, parse_bytes
+from apb_jax.serve.options import parse
 from apb_jax.serve.start import choose_method
 from apb_jax.weights.checkpoint import load
 
@@ -88,8 +89,8 @@ def refused(capsys: Any, *options: str) -> str:
 def test_wrong_options_are_one_line(capsys: Any, tmp_path: Path) -> None:
     assert "--port is 70000" in refused(capsys, "--port", "70000")
     assert "did you mean --model?" in refused(capsys, "--modell", "tiny")
-    assert "write for example 64M" in refused(capsys, "--max-body", "lots")
-    assert "cannot be read" in refused(capsys, "--port", "0", "--api-key-file", str(tmp_path / "none"))
+    assert "write for example 512m" in refused(capsys, "--max-body", "lots")
+    assert "no such file" in refused(capsys, "--port", "0", "--api-key-file", str(tmp_path / "none"))
     (tmp_path / "empty").write_text("\n")
     assert "is empty" in refused(capsys, "--port", "0", "--api-key-file", str(tmp_path / "empty"))
     assert "is not an origin" in refused(capsys, "--cors-origin", "*")
@@ -123,5 +124,5 @@ def test_apb_is_served_where_it_does_not_read_the_question(another: Any) -> None
 
 
 def test_sizes() -> None:
-    assert [parse_bytes(text) for text in ("4096", "64M", "50g", "2GB")] == [4096, 64 << 20, 50 << 30, 2 << 30]
+    assert [size(1)(text) for text in ("4096", "64M", "1.5g", "2GB")] == [4096, 64 << 20, 3 << 29, 2 << 30]
     assert book(1) != book(2)
