@@ -20,7 +20,7 @@ from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.batching import answer_batch, common_method
 from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
-from apb_jax.generation import Answer
+from apb_jax.generation import Answer, wanted_of
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
 from apb_jax.precision import Precision
@@ -230,6 +230,7 @@ class Engine:
         part of it; default: the template's and the model's); ``logits``; ``on_tokens(request, ids)``, called as tokens
         arrive. Raises UserError for input that cannot be served, before anything runs.
         """
+        wanted_of(self, max_new_tokens, **options)
         batch = is_batch(document)
         documents = list(document) if batch else [document]
         queries = list(query) if is_batch(query) else [query] * len(documents)

@@ -22,6 +22,7 @@ from apb_jax.sampling import Sampler
 from apb_jax.typed import check_types, check_value
 
 if TYPE_CHECKING:
+    from apb_jax.engine import Engine
     from apb_jax.session import Session
 
 STOP_GRANULE = 8
@@ -54,6 +55,24 @@ class Wanted:
         """The stop ids int32 [Z], filled up with -1."""
         slots = max(1, -(-len(self.stop_ids) // STOP_GRANULE)) * STOP_GRANULE
         return np.asarray((*self.stop_ids, *[-1] * (slots - len(self.stop_ids))), np.int32)
+
+
+def wanted_of(
+    engine: Engine,
+    max_new_tokens: int,
+    *,
+    sampler: Sampler = Sampler(),  # noqa: B008 - frozen
+    seed: int = 0,
+    stop_ids: Sequence[int] | None = None,
+    logits: bool = False,
+    on_tokens: OnTokens | None = None,
+) -> Wanted:
+    """The options of ``Session.start``, refused in words before anything runs."""
+    check_value("stop_ids", stop_ids, list, tuple, type(None))
+    if on_tokens is not None and not callable(on_tokens):
+        raise UserError(f"on_tokens is {on_tokens!r:.60}; it must be callable with (request, ids)")
+    stops = engine.stop_ids if stop_ids is None else tuple(stop_ids)
+    return Wanted(max_new_tokens, sampler, seed, stops, logits)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from apb_jax.errors import UserError
+from apb_jax.typed import check_value
 
 SP, TP = "sp", "tp"
 USABLE = 0.95
@@ -92,8 +93,9 @@ def make_mesh(sp: int | None = None, tp: int = 1, *, devices: list[jax.Device] |
     """
     available = list(devices) if devices is not None else jax.devices()
     for name, value in (("sp", sp), ("tp", tp)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UserError(f"--{name} is {value!r}; it must be a whole number of at least 1")
+        check_value(f"--{name}", value, int, *([type(None)] if name == "sp" else []))
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be a whole number of at least 1")
     if sp is None:
         sp = max(1, len(available) // tp)
     needed = sp * tp

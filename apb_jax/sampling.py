@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from apb_jax.errors import UserError
+from apb_jax.typed import check_types
 
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
 
@@ -22,9 +23,7 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"{name} is {value!r}; it must be a number")
+        check_types(self)
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more, and finite")
         if 0 < self.temperature < LEAST_TEMPERATURE or self.temperature > LARGEST_TEMPERATURE:

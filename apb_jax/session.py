@@ -14,7 +14,7 @@ from apb_jax.attention.layout import Layout
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
-from apb_jax.generation import Answer, Generation, OnTokens, Wanted, teacher_forced
+from apb_jax.generation import Answer, Generation, OnTokens, teacher_forced, wanted_of
 from apb_jax.programs import Lengths
 from apb_jax.prompt.ids import Text
 from apb_jax.sampling import Sampler
@@ -74,11 +74,10 @@ class Session:
         on_tokens: OnTokens | None = None,
     ) -> Generation:
         """The query phase now, and an answer to be decoded chunk by chunk; see ``Engine.generate``."""
-        check_value("stop_ids", stop_ids, list, tuple, type(None))
-        if on_tokens is not None and not callable(on_tokens):
-            raise UserError(f"on_tokens is {on_tokens!r:.60}; it must be callable with (request, ids)")
-        stops = self.engine.stop_ids if stop_ids is None else tuple(stop_ids)
-        wanted = Wanted(max_new_tokens, sampler, seed, stops, logits)
+        wanted = wanted_of(
+            self.engine, max_new_tokens,
+            sampler=sampler, seed=seed, stop_ids=stop_ids, logits=logits, on_tokens=on_tokens,
+        )  # fmt: skip
         queries = self.queries(query)
         self.engine.check_lengths(self.prompts, queries, max_new_tokens)
         return Generation(self, queries, wanted, on_tokens)

@@ -21,10 +21,15 @@ WORDS = {
 """Types that need no name, and what a user is told of them."""
 
 
+LARGEST_BITS = 1023
+"""Of a whole number that a float can hold."""
+
+
 def fits(value: Any, kind: type) -> bool:
-    """Whether a value is of a type: whole numbers are numbers too, true and false are not."""
+    """Whether a value is of a type: whole numbers are numbers too, true, false and what no float holds are not."""
     if kind in (int, float):
-        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        real = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        return real and (kind is int or not isinstance(value, int) or value.bit_length() <= LARGEST_BITS)
     return isinstance(value, kind)
 
 
@@ -59,7 +64,7 @@ def check_types(instance: Any, **names: str) -> None:
 def check_value(name: str, value: Any, *kinds: type) -> None:
     """UserError where ``value`` is of none of these types."""
     if not any(fits(value, kind) for kind in kinds):
-        raise UserError(f"{name} is {_short(value)}; it must be {' or '.join(word(kind) for kind in kinds)}")
+        raise UserError(f"{name} is {short(value)}; it must be {' or '.join(word(kind) for kind in kinds)}")
 
 
 def check_items(name: str, values: Any, kind: type) -> None:
@@ -76,6 +81,9 @@ def check_names(what: str, given: Mapping[str, Any], known: typing.Iterable[str]
             raise UserError(f"{what} has no option {name!r}; it takes {', '.join(legal) or 'no options'}")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value for one line."""
+    if isinstance(value, int) and value.bit_length() > LARGEST_BITS:  # Python refuses to write the longest ones
+        return f"a whole number of {value.bit_length()} bits"
     text = " ".join(f"{value!r}".split())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from apb_jax.typed import WORDS, check_names, check_value, types_of
+from apb_jax.errors import UserError
+from apb_jax.typed import WORDS, check_names, check_value, short, types_of
+
+LARGEST = 2**31
 
 
 def field_types(kind: type) -> dict[str, tuple[type, ...]]:
@@ -20,8 +23,12 @@ def field_types(kind: type) -> dict[str, tuple[type, ...]]:
 
 
 def check_fields(kind: type, values: Mapping[str, Any]) -> None:
-    """UserError for a value whose name is no field of the method's class, or whose type is not the field's."""
+    """UserError for a value whose name is no field of the method's class, whose type is not the field's, or that no
+    32-bit position reaches.
+    """
     known = field_types(kind)
     check_names(f"method {kind.name!r}", values, known)  # type: ignore[attr-defined]
     for name, value in values.items():
         check_value(name, value, *known[name])
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            raise UserError(f"{name} is {short(value)}; it must be below {LARGEST}, for positions have 32 bits")

@@ -21,6 +21,7 @@ from apb_jax.compile_cache import cache_folder
 from apb_jax.errors import UserError
 from apb_jax.files import read_json, write_json
 from apb_jax.model.config import ModelConfig
+from apb_jax.typed import check_types
 
 Longest = Callable[[str, int], int]
 """(method, devices) -> document tokens of the longest request that fits there."""
@@ -38,13 +39,13 @@ class Measurement:
     prefill_s: float
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.method not in METHODS:
             raise UserError(f"a measurement is of method {self.method!r}; there are: {', '.join(METHODS)}")
         for name in ("devices", "tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"a measurement has {name} {value!r}; it must be a whole number of at least 1")
-        if not isinstance(self.prefill_s, int | float) or not 0 < self.prefill_s < math.inf:
+            if getattr(self, name) < 1:
+                raise UserError(f"a measurement has {name} {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.prefill_s < math.inf:
             raise UserError(f"a measurement of {self.method} took {self.prefill_s!r} s; it must be above 0")
 
 

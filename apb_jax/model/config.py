@@ -17,7 +17,7 @@ from apb_jax.rope.default import DefaultRope, NoRope
 from apb_jax.rope.from_hf import rope_from_hf
 from apb_jax.rope.string import StringRope
 from apb_jax.rope.yarn import YarnRope
-from apb_jax.typed import check_items, check_types
+from apb_jax.typed import check_items, check_types, check_value
 
 LARGEST_EPS = 0.1
 """Far above any model's: a larger one is a damaged file."""
@@ -341,6 +341,7 @@ def with_yarn(config: ModelConfig, factor: float) -> ModelConfig:
 
 def with_string(config: ModelConfig, offset: float = 0.33, local: int = 128, length: int | None = None) -> ModelConfig:
     """``config`` under STRING. ``offset``: tokens, or below 1 a share of ``length`` (default: all positions)."""
+    check_value("--string-offset", offset, float)
     if not 0 < offset < math.inf:
         raise UserError(f"--string-offset is {offset}; it must be a share between 0 and 1, or tokens (the paper: 0.33)")
     tokens = int(offset * (length or config.max_positions)) if offset < 1 else int(offset)

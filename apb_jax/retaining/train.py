@@ -42,6 +42,7 @@ from apb_jax.prompt.codec import make_codec as codec_of
 from apb_jax.retaining.corpus import Corpus, Example, read_data_set, read_records
 from apb_jax.retaining.labels import Sample, trace
 from apb_jax.retaining.objective import layer_scores, retaining_loss, top_overlap
+from apb_jax.typed import check_types
 from apb_jax.weights.checkpoint import LoadedModel, load
 
 
@@ -59,6 +60,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("hidden", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")

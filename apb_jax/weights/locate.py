@@ -12,6 +12,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from apb_jax.errors import UserError
+from apb_jax.files import what_is
 from apb_jax.presets import MODELS, ModelPreset, Package
 from apb_jax.weights.atomic import PARTIAL
 from apb_jax.weights.gguf_header import is_gguf
@@ -56,6 +57,7 @@ def locate(name: str | Path, *, weights_needed: bool = True) -> Located:
     if preset is not None:
         return Located(text, _hub_model(preset.hub_id, text, weights_needed), preset, preset.hub_id)
     folder = Path(text).expanduser()
+    what_is(folder)  # says what the system cannot: a name that is too long, a folder that is not ours
     if folder.is_dir():
         return Located(own_name(folder), _checked(folder))
     if is_gguf(folder):
@@ -86,6 +88,7 @@ def is_orbax(folder: Path) -> bool:
 def locate_heads(name: str | Path) -> Path:
     """A file of retaining heads by path, or by the hub id of a repository that holds exactly one such file."""
     file = Path(name).expanduser()
+    what_is(file)
     if file.is_file():
         return file
     if file.is_dir():

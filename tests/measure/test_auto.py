@@ -140,11 +140,11 @@ def test_an_approximate_method_alone_may_fit() -> None:
     ("row", "line"),
     [
         (("fulll", 1, 1024, 1.0), "method 'fulll'; there are: full"),
-        (("full", 0, 1024, 1.0), "devices 0; it must be a whole number of at least 1"),
-        (("full", 1, True, 1.0), "tokens True"),
+        (("full", 0, 1024, 1.0), "devices 0; it must be at least 1"),
+        (("full", 1, True, 1.0), "tokens is True; it must be a whole number"),
         (("full", 1, 1024, 0.0), "took 0.0 s; it must be above 0"),
         (("full", 1, 1024, float("nan")), "took nan s"),
-        (("full", 1, 1024, "fast"), "took 'fast' s"),
+        (("full", 1, 1024, "fast"), "prefill_s is 'fast'; it must be a number"),
     ],
 )
 def test_a_measurement_that_cannot_be_is_refused(row: tuple, line: str) -> None:

@@ -63,12 +63,12 @@ def test_health_is_503_while_the_model_loads() -> None:
         end = time.monotonic() + 60
         while 200 not in seen and time.monotonic() < end:
             try:
-                reply = httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
+                reply = httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=30)
             except httpx.ConnectError:
                 time.sleep(0.02)
                 continue
             if reply.status_code == 503 and 503 not in seen:
-                asked = httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False)
+                asked = httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False, timeout=30)
                 assert asked.status_code in (503, 200)
             seen.append(reply.status_code)
         assert set(seen) == {503, 200}
