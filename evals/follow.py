@@ -21,8 +21,8 @@ END: Call = {"end": True}
 
 
 def send(call: Call) -> None:
-    """Tell the other processes; nothing where there are none."""
-    if jax.process_count() > 1:
+    """Tell the other processes; nothing where there are none, and nothing from one that is told itself."""
+    if jax.process_count() > 1 and jax.process_index() == 0:
         _exchange(call)
 
 

@@ -95,9 +95,13 @@ class EngineSystem:
         """The engine's answers to a batch of (document, query) ids."""
         from apb_jax.batching import answer_batch
 
-        given = {"prompts": [[list(map(int, ids)) for ids in pair] for pair in prompts], "new_tokens": max_new_tokens}
-        embedded = None if embedded_query is None else list(map(int, embedded_query))
-        send({"method": self._method, "answer": given, "embedded": embedded, "ignore_stop": ignore_stop})
+        given = {
+            "prompts": [[list(map(int, ids)) for ids in pair] for pair in prompts],
+            "new_tokens": max_new_tokens,
+            "embedded": None if embedded_query is None else list(map(int, embedded_query)),
+            "ignore_stop": ignore_stop,
+        }
+        send({"method": self._method, "answer": given})
         asked = [self._prompt(d, q, embedded_query) for d, q in prompts]
         check_memory(self._engine, asked, max_new_tokens)
         return answer_batch(self._engine, asked, max_new_tokens, stop_ids=() if ignore_stop else None)
