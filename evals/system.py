@@ -133,7 +133,7 @@ class EngineSystem:
             return
         given = call["answer"]
         self.answer_ids(
-            given["prompts"], given["new_tokens"], embedded_query=call["embedded"], ignore_stop=call["ignore_stop"]
+            given["prompts"], given["new_tokens"], embedded_query=given["embedded"], ignore_stop=given["ignore_stop"]
         )
 
     def describe(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def attend(q, k, v, acc, peak, total, visible, SCALE_LOG2: tl.constexpr):
 @triton.jit
 def finish(acc, peak, total, LOG2_E: tl.constexpr):
     """out [R, D] and natural log-sum-exp [R], both float32; a row that saw nothing gets 0 and -inf."""
-    seen = total > 0
+    seen = total != 0  # true for NaN, which must not pass for a row that saw nothing
     safe = tl.where(seen, total, 1.0)
     out = tl.where(seen[:, None], acc / safe[:, None], 0.0)
     return out, tl.where(seen, (peak + tl.log2(safe)) / LOG2_E, float("-inf"))

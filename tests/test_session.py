@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from helpers import ids, random_model
@@ -113,3 +114,19 @@ def test_ids_outside_the_vocabulary_are_refused(engine: Any) -> None:
 def test_a_temperature_must_be_a_number(value: Any) -> None:
     with pytest.raises(UserError, match="temperature"):
         Sampler(value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(engine: Any, bad: float) -> None:
+    """Not an answer of zeros: at the query, and at a step whose earlier tokens have been told; of one request alone."""
+    prompts = [engine.prompt(DOCUMENT, QUERIES[0]), engine.prompt(DOCUMENT, QUERIES[1])]
+    session = engine.prefill(prompts)
+    told: list[tuple[int, list[int]]] = []
+    generation = session.start(None, 6, stop_ids=(), on_tokens=lambda request, fresh: told.append((request, fresh)))
+    session.cache = jax.tree.map(lambda leaf: leaf.at[:, 1].multiply(bad), session.cache)
+    with pytest.raises(UserError, match="logits of request 1 after 1 tokens of the answer hold NaN or infinity"):
+        generation.step()
+    assert [len(fresh) for _, fresh in told] == [1, 1, 5]
+    for ask in (session.ask, session.logits):
+        with pytest.raises(UserError, match="logits of request 1 behind the query hold NaN or infinity"):
+            ask()

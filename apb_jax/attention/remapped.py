@@ -92,8 +92,8 @@ def remapped_attention(
         shape = (batch, kv_heads, group, tile_rows)
         start: Any = (jnp.zeros((*shape, dim), jnp.float32), jnp.full(shape, -jnp.inf), jnp.zeros(shape))
         (acc, peak, total), _ = jax.lax.scan(step, start, (*key_tiles, bases))
-        safe = jnp.where(total > 0, total, 1.0)
-        return acc / safe[..., None], jnp.where(total > 0, peak + jnp.log(safe), -jnp.inf)
+        safe = jnp.where(total != 0, total, 1.0)
+        return acc / safe[..., None], jnp.where(total != 0, peak + jnp.log(safe), -jnp.inf)
 
     by_row = (near, far, q_positions, seen.first, seen.stop)
     out, lse = jax.lax.map(attend_rows, tuple(_tiles(a, tile_rows) for a in by_row))

@@ -97,8 +97,8 @@ def _attend(q, row, head, tiles, source, block_k, scale):
 
         carry = lax.fori_loop(0, (column_counts.max() + STEP_KEYS - 1) // STEP_KEYS, lines, carry)
     acc, peak, total = carry
-    safe = jnp.where(total > 0, total, 1.0)
-    return acc / safe[..., None], jnp.where(total > 0, peak + jnp.log(safe), -jnp.inf)
+    safe = jnp.where(total != 0, total, 1.0)
+    return acc / safe[..., None], jnp.where(total != 0, peak + jnp.log(safe), -jnp.inf)
 
 
 def xla(call: BlockSparseCall) -> tuple[jax.Array, jax.Array]:

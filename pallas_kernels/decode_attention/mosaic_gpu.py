@@ -208,7 +208,7 @@ def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
     peak = lse.max(axis=2, keepdims=True)
     weights = jnp.exp(lse - jnp.where(jnp.isneginf(peak), 0.0, peak))
     total = weights.sum(axis=2)
-    seen = total > 0
+    seen = total != 0  # true for NaN, which must not pass for a row that saw nothing
     safe = jnp.where(seen, total, 1.0)
     merged = (out * weights[..., None]).sum(axis=2) / safe[..., None]
     merged_lse = jnp.where(seen, peak[:, :, 0] + jnp.log(safe), -jnp.inf)

@@ -33,7 +33,7 @@ def _few_rows(call: DecodeCall, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
     shift = jnp.where(jnp.isneginf(peak), 0.0, peak)
     weights = jnp.exp(scores - shift[..., None])
     total = weights.sum(axis=-1)
-    safe = jnp.where(total > 0, total, 1.0)
+    safe = jnp.where(total != 0, total, 1.0)
     out = jnp.einsum(
         "bkgmt,btkd->bkgmd",
         weights.astype(v.dtype),
@@ -42,5 +42,5 @@ def _few_rows(call: DecodeCall, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
         precision=precision,
     )
     out = (out / safe[..., None]).transpose(0, 3, 1, 2, 4).reshape(call.q.shape)
-    lse = jnp.where(total > 0, shift + jnp.log(safe), -jnp.inf)
+    lse = jnp.where(total != 0, shift + jnp.log(safe), -jnp.inf)
     return out, lse.reshape(batch, heads, rows)

@@ -88,7 +88,7 @@ def chunked_attention(
         )
         step = functools.partial(_attend_tile, q=q_tile, first=first_tile, stop=stop_tile, scale=scale)
         (acc, peak, total), _ = lax.scan(step, start, tiles)
-        seen = total > 0
+        seen = total != 0  # true for NaN, which must not pass for a row that saw nothing
         safe = jnp.where(seen, total, 1.0)
         out = jnp.where(seen[..., None], acc / safe[..., None], 0.0)
         return out, jnp.where(seen, peak + jnp.log(safe), -jnp.inf)
