@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.control import Control
+from rich.live_render import LiveRender
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -36,6 +39,37 @@ PLAIN = {"earlier": ".", "passing": ".", "anchor": "=", "block": "#"}
 UNITS = {"prefill": "layers", "decode": "tokens", "load weights": "bytes"}
 
 
+class Reflowed(LiveRender):
+    """Takes back as many rows as its lines fill now: a terminal whose window became narrower has wrapped them."""
+
+    def __init__(self, console: Console, shown: LiveRender) -> None:
+        super().__init__(shown.renderable, style=shown.style, vertical_overflow=shown.vertical_overflow)
+        self.console = console
+        self.widths: list[int] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.widths = [0]
+        for segment in super().__rich_console__(console, options):
+            if segment.text == "\n":
+                self.widths.append(0)
+            elif not segment.is_control:
+                self.widths[-1] += cell_len(segment.text)
+            yield segment
+
+    def _wrap(self) -> None:
+        if self._shape is not None:
+            width = max(1, self.console.width)
+            self._shape = width, sum(max(1, -(-line // width)) for line in self.widths)
+
+    def position_cursor(self) -> Control:
+        self._wrap()
+        return super().position_cursor()
+
+    def restore_cursor(self) -> Control:
+        self._wrap()
+        return super().restore_cursor()
+
+
 class StageBar:
     """A live bar over load, compile, prefill, query and decode, with elapsed time and ETA; an ``engine.Progress``."""
 
@@ -51,6 +85,7 @@ class StageBar:
             console=console,
             transient=True,
         )
+        self.progress.live._live_render = Reflowed(console, self.progress.live._live_render)
         self.tasks: dict[str, TaskID] = {}
         self.totals: dict[str, int] = {}
         self.running = False
@@ -70,17 +105,19 @@ class StageBar:
             self.progress.stop()
 
     def restart(self, name: str) -> None:
-        """Another method starts: its stages begin anew."""
+        """Another method starts: its stages begin anew, below a line that turns until the first of them does."""
         for task in self.tasks.values():
             self.progress.remove_task(task)
         self.tasks.clear()
+        self(f"start {name}", 0, 1)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self.tasks:
-            for earlier, task in self.tasks.items():
-                if stage.startswith("compile"):
-                    break
+        new, compiles = stage not in self.tasks, stage.startswith("compile")
+        for earlier, task in self.tasks.items():
+            started = earlier.startswith("start ")
+            if started or (not compiles and (new or earlier.startswith("compile"))):  # what runs is compiled
                 self.progress.update(task, completed=self.totals[earlier])
+        if new:
             self.tasks[stage] = self.progress.add_task(stage, total=total, count="")
         count = f"{size(done)} / {size(total)}" if UNITS.get(stage) == "bytes" else f"{done}/{total}"
         if stage.startswith("compile"):

@@ -81,6 +81,47 @@ def test_a_mesh_smaller_than_the_devices_gives_every_process_a_share(command: li
     assert first["tokens"] == outcome(start(flags))["tokens"]
 
 
+TWO_QUESTIONS = """
+import json, sys
+from pathlib import Path
+from apb_jax.joining import Joining
+from apb_jax.mesh import simulate_devices
+address, count, place, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+simulate_devices(2 // count)
+Joining(*((address, count, place) if count > 1 else ())).start()
+import apb_jax
+engine = apb_jax.Engine(apb_jax.load(folder), "apb", apb_jax.make_mesh(sp=2))
+document = [1 + i * 7 % 90 for i in range(250)]
+session = engine.prefill([engine.prompt(document, [5, 6, 7])])
+told = [session.ask(query, 4, stop_ids=()).tokens for query in ([8, 9], [11, 3, 40])]
+both = [a.tokens for a in engine.generate([document, document[:200]], [[8, 9], [7, 7, 7]], 3, stop_ids=())]
+try:
+    session.save(Path(folder) / "saved")
+except apb_jax.UserError as error:
+    saved = str(error)
+else:
+    saved = ""
+if place == 0:
+    print(json.dumps({"asked": told, "batch": both, "saved": saved}))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_two_questions_and_a_batch_in_two_processes(command: list[str]) -> None:
+    """A session is asked twice; a batch is answered; saving, which one process could only do in part, is refused."""
+    folder, address = command[command.index("--model") + 1], f"127.0.0.1:{free_port()}"
+    program = [sys.executable, "-c", TWO_QUESTIONS, address]
+    pair = [start([*program, "2", str(place), folder]) for place in range(2)]
+    first = outcome(pair[0])
+    assert "{" not in pair[1].communicate(timeout=60)[0]
+    alone = outcome(start([*program, "1", "0", folder]))
+    assert first["asked"] == alone["asked"]
+    assert first["batch"] == alone["batch"]
+    assert len(first["asked"][0]) == 4
+    assert first["saved"] == "a session over 2 processes cannot be saved; run it in one process"
+    assert alone["saved"] == ""
+
+
 @pytest.mark.timeout(300)
 def test_a_mesh_that_leaves_unequal_shares_is_refused(command: list[str]) -> None:
     pair = together([*command, "--sp", "3"], XLA_FLAGS="--xla_force_host_platform_device_count=4")

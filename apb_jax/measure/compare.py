@@ -51,7 +51,11 @@ def timed(engine: Engine, asking: Asking, result: dict[str, Any]) -> None:
     """Time the prefill again, warm; the median replaces the first figure, every run is kept."""
     if not asking.repeat:
         return
-    runs = [engine.prefill([asking.prompt]).prefill_s for _ in range(asking.repeat)]
+    runs = []
+    for number in range(asking.repeat):
+        engine.progress("prefill, timed", number, asking.repeat)
+        runs.append(engine.prefill([asking.prompt]).prefill_s)
+    engine.progress("prefill, timed", asking.repeat, asking.repeat)
     seconds = statistics.median(runs)
     result |= {
         "prefill_runs_s": runs,
@@ -63,12 +67,17 @@ def timed(engine: Engine, asking: Asking, result: dict[str, Any]) -> None:
 def measured(engine: Engine, asking: Asking, result: dict[str, Any], answers: Sequence[Answer]) -> list[np.ndarray]:
     """Traffic and recovered mass into ``result``; logits of the query followed by each of ``answers``."""
     session = engine.prefill([asking.prompt])
+    engine.progress("traffic", 0, 1)
     moved = layer_traffic(engine, session.method, [asking.prompt])
     result |= {
         "collectives_per_layer": moved.collectives,
         "bytes_per_layer": moved.received_bytes,
     }
-    logits = [session.logits([answer.tokens])[0] for answer in answers]
+    logits = []
+    for number, answer in enumerate(answers):
+        engine.progress("receipt", number, len(answers))
+        logits.append(session.logits([answer.tokens])[0])
+    engine.progress("receipt", len(answers), len(answers))
     if asking.mass:
         engine.progress("recovered mass", 0, 1)
         mass = recovered_mass(session)

@@ -62,8 +62,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("benchmark", "methods", "options"),
     [
-        ("needle", ("apb", "ring"), ["--depths", "2", "--text", str(NOVEL)]),
-        ("perplexity", ("apb",), ["--window", "64", "--text", str(NOVEL)]),
+        ("needle", ("apb",), ["--depths", "2", "--text", str(NOVEL)]),
+        ("perplexity", ("ring",), ["--window", "64", "--text", str(NOVEL)]),
     ],
 )
 def test_rows_are_those_of_one_process(
@@ -72,7 +72,7 @@ def test_rows_are_those_of_one_process(
     arguments = [benchmark, "--model", str(model), "--seq", "1k", "--sp", "2", "--method", ",".join(methods), *options]
     (first, out, err), (second, silent, other) = together([*arguments, "--out", str(tmp_path / "two")])
     assert (first, second) == (0, 0), err + other
-    assert silent == ""
+    assert [line for line in silent.splitlines() if not line.startswith("[Gloo]")] == []
     assert out
     assert run([*arguments, "--out", str(tmp_path / "one")]) == 0
     for method in methods:
