@@ -13,6 +13,7 @@ from fake_system import RegexSystem
 from rich.console import Console
 
 from evals.base import EvalError
+from evals.cli import main
 from evals.ruler import RulerTask
 from evals.runner import run_config, run_tasks
 from evals.store import RunFolder, read_rows
@@ -108,3 +109,26 @@ def test_a_damaged_line_in_the_middle_is_reported(tmp_path):
     log.write_text(log.read_text().replace('"id": "0"', '"id" "0"'))
     with pytest.raises(EvalError, match="line 1: not a JSON object"):
         RunFolder(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "NaN", "[1]", '{"task": [1]}'])
+def test_a_row_that_is_no_row_is_one_line(tmp_path, text):
+    """Nested deeper than Python recurses, no object, or a key that cannot be one: an error that names the file."""
+    with RunFolder(tmp_path / "run", {"benchmark": "needle"}):
+        pass
+    (tmp_path / "run" / "predictions.jsonl").write_text(text + "\n")
+    with pytest.raises(EvalError, match=r"predictions\.jsonl"):
+        RunFolder(tmp_path / "run", {"benchmark": "needle"}).__enter__()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "predictions.jsonl"])
+def test_a_report_over_deeply_nested_json_is_one_line(tmp_path, name, capsys):
+    folder = tmp_path / "needle" / "full"
+    with RunFolder(folder, {"benchmark": "needle"}):
+        pass
+    (folder / "metrics.json").write_text('{"results": [], "mean_by_length": {}}')
+    (folder / name).write_text("[" * 100_000 + "\n")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")], connect=None) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
