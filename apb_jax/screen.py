@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -50,9 +51,9 @@ class Reflowed(LiveRender):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         self.widths = [0]
         for segment in super().__rich_console__(console, options):
-            if segment.text == "\n":
+            if isinstance(segment, Segment) and segment.text == "\n":
                 self.widths.append(0)
-            elif not segment.is_control:
+            elif isinstance(segment, Segment) and not segment.is_control:
                 self.widths[-1] += cell_len(segment.text)
             yield segment
 

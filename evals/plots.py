@@ -99,6 +99,8 @@ def _end_labels(axis, ends: Sequence[tuple[str, float, float, str]], *, log: boo
     to, back = (np.log10, lambda v: 10**v) if log else (float, float)
     gap = (to(high) - to(low)) * 0.055
     ends = sorted(ends, key=lambda end: end[2])
+    from matplotlib.patheffects import withStroke
+
     heights = spread([float(to(end[2])) for end in ends], gap, float(to(low)))
     for (name, x, _, colour), height in zip(ends, heights, strict=True):
         axis.annotate(
@@ -110,6 +112,7 @@ def _end_labels(axis, ends: Sequence[tuple[str, float, float, str]], *, log: boo
             color=colour,
             fontweight="bold",
             annotation_clip=False,
+            path_effects=[withStroke(linewidth=4, foreground="white")],  # no axis strikes a name out
         )
 
 
