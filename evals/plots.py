@@ -95,12 +95,12 @@ def _length_axis(axis, lengths: Sequence[int]) -> None:
 
 def _end_labels(axis, ends: Sequence[tuple[str, float, float, str]], *, log: bool = False) -> None:
     """Write each series' name beside its last point, apart from one another."""
+    from matplotlib.patheffects import withStroke
+
     low, high = axis.get_ylim()
     to, back = (np.log10, lambda v: 10**v) if log else (float, float)
     gap = (to(high) - to(low)) * 0.055
     ends = sorted(ends, key=lambda end: end[2])
-    from matplotlib.patheffects import withStroke
-
     heights = spread([float(to(end[2])) for end in ends], gap, float(to(low)))
     for (name, x, _, colour), height in zip(ends, heights, strict=True):
         axis.annotate(
