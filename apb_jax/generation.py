@@ -37,6 +37,8 @@ class Wanted:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     logits: bool = False
+    """Logits of every token of the answer, and of the query's rows unless ``answer_alone``."""
+    answer_alone: bool = False
 
     def __post_init__(self) -> None:
         for name, value, low in (("max_new_tokens", self.new_tokens, 1), ("seed", self.seed, 0)):
@@ -125,11 +127,12 @@ class Generation:
         self.plan = DecodePlan.of(session.method, greedy=wanted.sampler.greedy, with_logits=wanted.logits)
         started = time.perf_counter()
         engine.progress("query", 0, 1)
-        asking = replace(self.plan, greedy=True, bottom_right=engine.settings.bottom_right_query)
+        whole = wanted.logits and not wanted.answer_alone
+        asking = replace(self.plan, greedy=True, with_logits=whole, bottom_right=engine.settings.bottom_right_query)
         phase = run_query(session, queries, wanted.new_tokens, asking)
         self.query_rows = np.asarray(phase.logits)
         self.query_s = time.perf_counter() - started - (programs.compile_s - self.compiled_before)
-        ends = [len(q) - 1 if wanted.logits else 0 for q in queries]
+        ends = [len(q) - 1 if whole else 0 for q in queries]
         self.step_rows = [np.stack([self.query_rows[b, end] for b, end in enumerate(ends)])[None]]
         key, draw = jax.random.split(jax.random.key(wanted.seed))
         first = np.asarray(wanted.sampler(jnp.asarray(self.step_rows[0][0]), draw))
@@ -179,6 +182,7 @@ class Generation:
     def answers(self) -> list[Answer]:
         """What each request got."""
         session, codec = self.session, self.session.engine.codec
+        whole = self.wanted.logits and not self.wanted.answer_alone
         steps = np.concatenate(self.step_rows) if self.wanted.logits else None
         compile_s = session.compile_s + session.engine.programs.compile_s - self.compiled_before
         return [
@@ -195,7 +199,7 @@ class Generation:
                 compile_s=compile_s,
                 finish_reason="stop" if self.stopped[b] else "length",
                 notes=session.notes,
-                query_logits=self.query_rows[b, : len(self.queries[b])] if self.wanted.logits else None,
+                query_logits=self.query_rows[b, : len(self.queries[b])] if whole else None,
                 step_logits=None if steps is None else steps[: len(tokens), b],
             )
             for b, tokens in enumerate(self.tokens)

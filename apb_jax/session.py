@@ -70,11 +70,15 @@ class Session:
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
         logits: bool = False,
+        answer_alone: bool = False,
         on_tokens: OnTokens | None = None,
     ) -> Generation:
-        """The query phase now, and an answer to be decoded chunk by chunk; see ``Engine.generate``."""
+        """The query phase now, and an answer to be decoded chunk by chunk; see ``Engine.generate``.
+
+        ``answer_alone``: with ``logits``, those of the answer's tokens only, not of the query's rows.
+        """
         stops = self.engine.stop_ids if stop_ids is None else tuple(stop_ids)
-        wanted = Wanted(max_new_tokens, sampler, seed, stops, logits)
+        wanted = Wanted(max_new_tokens, sampler, seed, stops, logits, answer_alone)
         queries = self.queries(query)
         self.engine.check_lengths(self.prompts, queries, max_new_tokens)
         return Generation(self, queries, wanted, on_tokens)

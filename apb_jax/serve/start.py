@@ -6,6 +6,7 @@ from apb_jax.attention.registry import MethodSpec
 from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.options import RunConfig
+from apb_jax.serve.disk_store import DiskStore
 from apb_jax.serve.options import DEFAULT, ServeConfig
 from apb_jax.serve.requests import Defaults
 from apb_jax.serve.service import Plan
@@ -30,9 +31,10 @@ def plan(config: ServeConfig) -> Plan:
     """How to make the parts; nothing is loaded yet."""
     return Plan(
         lambda: make_engine(config),
-        lambda engine: make_store(engine, config.device_bytes),
+        lambda engine: make_store(engine, config),
         Limits(config.queue, config.answers),
         Defaults(config.max_new_tokens, config.temperature),
+        config.memory,
     )
 
 
@@ -86,10 +88,12 @@ def choose_method(run: RunConfig, model: LoadedModel, devices: int) -> MethodSpe
     return spec
 
 
-def make_store(engine: Engine, limit: int | None) -> SessionStore:
-    """Sessions in device memory, within ``limit`` bytes or a share of what is free."""
+def make_store(engine: Engine, config: ServeConfig) -> SessionStore:
+    """Sessions in device memory, within a limit or a share of what is free, and on disk where a folder is given."""
+    limit = config.device_bytes
     if limit is None:
         stats = [device.memory_stats() for device in engine.mesh.devices.flat]
         free = sum(one["bytes_limit"] - one["bytes_in_use"] for one in stats if one)
         limit = int(FREE_SHARE * free) if all(stats) else CPU_BYTES
-    return DeviceStore(limit)
+    device = DeviceStore(limit)
+    return device if config.sessions is None else DiskStore(engine, device, config.sessions, config.sessions_bytes)
