@@ -28,9 +28,10 @@ from apb_jax.errors import UserError
 from apb_jax.report import versions
 from apb_jax.synthetic.encoder import Encoder
 from apb_jax.synthetic.grading import wilson
-from benchmarks.ask_many_documents import Paper, squad, synthetic
+from benchmarks.ask_many_documents import MERGED, Paper, squad, synthetic
 
-NEW_TOKENS = 32
+NEW_TOKENS = 64
+"""A chain of five variables takes about forty."""
 FORMS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "full, one prefill": ("full", {}, True),
     "apb, question in the anchor (heads)": ("apb", {"scorer": "heads"}, False),
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--squad", type=Path, metavar="FILE")
+    parser.add_argument("--tasks", default=",".join(MERGED), help="whose documents take turns")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--documents", type=int, default=5)
     parser.add_argument("--questions", type=int, default=8, help="of a SQuAD document")
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> None:
         length = lambda text: len(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
         papers = squad(args.squad, length, args.tokens, args.questions, args.documents)
     else:
-        papers = synthetic(Encoder(tokenizer), args.tokens, args.documents, args.seed)
+        papers = synthetic(Encoder(tokenizer), args.tokens, args.documents, args.seed, args.tasks.split(","))
     heads = base.model.retaining_hidden is not None
     chosen = {
         name: form for name, form in FORMS.items()

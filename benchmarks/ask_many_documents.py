@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from apb_jax.synthetic.tasks import TASKS, World
 from apb_jax.synthetic.vocabulary import vocabulary
 from apb_jax.tiny.tokenizer import BOS_ID
 
-MERGED = {"multikey": 2, "vt": 3, "update": 2, "relay": 1}
+MERGED = {"multikey": 2, "vt": 1, "update": 2, "relay": 1}
 """Samples of a task that share a document: as many as training had in one, eight questions at most."""
 
 
@@ -43,7 +43,7 @@ class Paper:
     questions: tuple[Asked, ...]
 
 
-def synthetic(encoder: Encoder, tokens: int, count: int, seed: int) -> list[Paper]:
+def synthetic(encoder: Encoder, tokens: int, count: int, seed: int, tasks: Sequence[str]) -> list[Paper]:
     """Documents of needles with several keys, chains of variables, updated and relayed numbers, in turn.
 
     Key words are held out from training. Samples of a task share one text: their sentences keep their order.
@@ -51,7 +51,8 @@ def synthetic(encoder: Encoder, tokens: int, count: int, seed: int) -> list[Pape
     rng = np.random.default_rng([seed, tokens])
     world = World(rng, encoder, vocabulary(held_out=True), (filler(), novel()))
     papers = []
-    for task, number in itertools.islice(itertools.cycle(MERGED.items()), count):
+    for task in itertools.islice(itertools.cycle(tasks), count):
+        number = MERGED[task]
         samples = [TASKS[task](world, 1024) for _ in range(number)]
         told = [[line for line in sample.document if hidden(line)] for sample in samples]
         turns = rng.permutation(np.repeat(np.arange(number), [len(lines) for lines in told]))

@@ -256,7 +256,7 @@ class Routes:
     async def remove_document(self, request: Request) -> Response:
         """Forget a document and its session; running answers end."""
         name = request.path_params["id"]
-        self.service.forget(name)
+        await asyncio.to_thread(self.service.forget, name)  # a large folder takes its time
         ticket = self.prefills.pop(name, None)
         if ticket is not None:
             ticket.cancel()

@@ -21,7 +21,7 @@ from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.serve.documents import LEAST_TOKENS, Document
 from apb_jax.serve.refusal import Refusal
-from apb_jax.serve.store import DeviceStore, Loading, Stored
+from apb_jax.serve.store import DeviceStore, Gone, Loading, Stored
 from apb_jax.session import Session
 from apb_jax.session_store import Manifest, kept, load_steps, read_beside, read_documents, remove, save
 from apb_jax.session_store.identity import check_engine
@@ -60,6 +60,7 @@ class DiskStore:
         except BlockingIOError as error:
             os.close(self._handle)
             raise UserError(f"--sessions {root} is another server's; give this one a folder of its own") from error
+        _ = engine.fingerprint  # now: the writer's thread must start no programs that several devices run together
         self._take_stock()
         self._prune(limit)
 
@@ -122,12 +123,14 @@ class DiskStore:
 
     def _load(self, key: str) -> Generator[tuple[int, int], None, Session]:
         try:
-            return (yield from load_steps(self.engine, self._folder(key)))
+            session = yield from load_steps(self.engine, self._folder(key))
+            session.notes = tuple(self._words(note) for note in session.notes)
+            return session
         except UserError as error:
             problem = self._words(str(error))
             with self._lock:
                 if key not in self._on_disk:  # pruned or deleted meanwhile
-                    raise LookupError(key) from error
+                    raise Gone(key) from error
                 self._on_disk[key] = replace(self._on_disk[key], problem=problem)
             raise self._refusal(key, problem) from error
 

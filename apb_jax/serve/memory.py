@@ -10,10 +10,11 @@ import jax
 
 from apb_jax.attention.inputs import Prompt
 from apb_jax.engine import Engine
+from apb_jax.errors import UserError
 from apb_jax.measure.devices import memory_limit
 from apb_jax.measure.memory import NEW_TOKENS, QUERY_TOKENS, Case, Memory, hypothetical, memory_of
 from apb_jax.measure.plan import gib, plan, refusal_of
-from apb_jax.serve.refusal import Refusal
+from apb_jax.serve.refusal import Refusal, wrong
 from apb_jax.serve.store import SessionStore
 
 
@@ -46,7 +47,13 @@ class MemoryPlan:
 
     def check(self, tokens: int, param: str) -> None:
         """400 for a document that an empty server could not prefill; what would do is said."""
-        if self.most is None or self.memory(tokens).bytes_per_device <= self.most:
+        if self.most is None:
+            return
+        try:
+            fits = self.memory(tokens).bytes_per_device <= self.most
+        except UserError as error:
+            raise wrong(param, str(error)) from error
+        if fits:
             return
         found = plan(self.case, [self.prompt(tokens)], self.most, NEW_TOKENS)
         raise Refusal(400, refusal_of(found), param=param, code="memory_exceeded")

@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--slice-decode", action="store_true", help="decode with 1/sp of the weights on each device")
     group.add_argument(
         "--method", metavar="NAME", help="default: full on one shard, ring on several; the question is not known "
-        "while a document is prefilled, so apb needs --set embed_query=false and retaining heads",
+        "while a document is prefilled, so apb needs --set embed_query=false",
     )  # fmt: skip
     group.add_argument("--set", action="append", type=_setting, default=[], metavar="FIELD=VALUE")
     group.add_argument("--kernels", choices=KERNELS, default="auto")

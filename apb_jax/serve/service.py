@@ -172,7 +172,7 @@ class Service:
                 "method": found.method,
                 "prefill_s": found.prefill_s,
                 "layout": list(found.layout),
-                "notes": [*found.notes, "prefilled without the question"],
+                "notes": list(dict.fromkeys([*found.notes, "prefilled without the question"])),
             }
         if prefill is not None:
             at = prefill.progress

@@ -74,13 +74,18 @@ def choose_method(run: RunConfig, model: LoadedModel, devices: int) -> MethodSpe
         return MethodSpec(exact, options)
     spec = MethodSpec(run.method, options)
     if run.method == "apb" and options.get("embed_query") is False:
-        if options.get("scorer") == "query" or model.retaining_hidden is None:
+        if options.get("scorer") == "query":
             raise UserError(
-                f"--method apb without the question ranks keys by retaining heads, and {model.name} has none in use; "
-                f"give --heads FILE, or the nearest legal choice: --method {exact}"
+                "--set scorer=query ranks keys by the question, and a session serves questions that come later; "
+                "nearest legal choice: --set scorer=expected"
+            )
+        if options.get("scorer") == "heads" and model.retaining_hidden is None:
+            raise UserError(
+                f"--set scorer=heads needs retaining heads, and {model.name} has none in use; give --heads FILE, or "
+                "the nearest legal choice: --set scorer=expected"
             )
     elif spec.can.needs_query_in_prefill:
-        advice = "--set embed_query=false with retaining heads" if run.method == "apb" else f"--method {exact}"
+        advice = "--set embed_query=false" if run.method == "apb" else f"--method {exact}"
         raise UserError(
             f"--method {run.method} reads the question while it prefills, and a session serves questions that come "
             f"later; nearest legal choice: {advice}"

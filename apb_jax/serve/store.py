@@ -18,6 +18,10 @@ Loading = Generator[tuple[int, int], None, Session]
 """A session on its way: yields (layers done, of how many), returns it."""
 
 
+class Gone(Exception):
+    """A session went before it was loaded: its document is prefilled again."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """What is known of a session without taking it out."""
@@ -48,7 +52,7 @@ class SessionStore(Protocol):
     def loading(self, key: str) -> Loading | None:
         """The session from where else it is kept; None where it is nowhere. Refusal 409 where it does not load.
 
-        The generator raises LookupError where the session goes before it is there.
+        The generator raises ``Gone`` where the session goes before it is there.
         """
 
     def put(self, document: Document, session: Session) -> None:

@@ -20,7 +20,7 @@ from apb_jax.serve.documents import Document
 from apb_jax.serve.memory import MemoryPlan
 from apb_jax.serve.metrics import Metrics
 from apb_jax.serve.refusal import Refusal, broken, busy, wrong
-from apb_jax.serve.store import SessionStore
+from apb_jax.serve.store import Gone, SessionStore
 from apb_jax.session import Session
 
 log = logging.getLogger("apb_jax.serve")
@@ -245,7 +245,7 @@ class Worker:
         except StopIteration as finished:
             self._prefilled(key, prefill, finished.value, started)
             return
-        except LookupError:  # the session went while it was loaded: its document is prefilled
+        except Gone:
             prefill.steps, prefill.loaded, prefill.started = None, False, 0.0
             return
         except Exception as error:  # noqa: BLE001 - told and logged by refusal_of; the server goes on

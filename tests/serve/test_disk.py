@@ -72,7 +72,10 @@ def test_a_restarted_server_answers_from_disk(start: Start, tmp_path: Path) -> N
     assert after["usage"]["prompt_tokens_details"]["cached_tokens"] == told["tokens"]
     assert server.metric("prefills_total") == 0
     assert server.metric("session_lookups_total", result="disk") == 1
-    assert http.get(f"/v1/documents/{made['id']}").json()["where"] == "device"
+    told = http.get(f"/v1/documents/{made['id']}").json()
+    assert told["where"] == "device"
+    assert "loaded from session" in " ".join(told["notes"])
+    assert str(tmp_path) not in " ".join(told["notes"])
     assert server.metric("session_bytes", where="disk") > 0
     assert http.delete(f"/v1/documents/{made['id']}").json()["deleted"]
     assert list(tmp_path.glob("sessions/*session*")) == []
