@@ -47,7 +47,7 @@ def text(number: int) -> str:
 def ask_on(url: str, seed: int, seen: Counter[str]) -> None:
     """Ask about random documents until the server is gone."""
     rng = random.Random(seed)
-    with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+    with httpx.Client(base_url=url, timeout=600, trust_env=False) as http:
         while True:
             message = f"{text(rng.randrange(DOCUMENTS))}\n\n{QUESTION}"
             body = {"messages": [{"role": "user", "content": message}], "max_tokens": NEW_TOKENS}
@@ -75,7 +75,9 @@ def run_and_kill(folder: Path, size: int, rng: random.Random, seen: Counter[str]
             for client in clients:
                 client.start()
             answered = seen.total()
-            while seen.total() == answered and one.poll() is None:  # programs are compiled by the first one
+            while seen.total() == answered and any(
+                client.is_alive() for client in clients
+            ):  # programs are compiled by the first one
                 time.sleep(0.01)
             time.sleep(rng.random() * 1.5)
         finally:
