@@ -64,10 +64,12 @@ def run_and_kill(folder: Path, size: int, rng: random.Random, seen: Counter[str]
         sys.executable, "-m", "apb_jax.serve", "--model", "tiny", "--port", "0", "--dtype", "float32",
         "--sessions", str(folder), "--sessions-bytes", str(ROOM * size), "--device-bytes", str(int(1.5 * size)),
     ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}) as one:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    ) as server:
         try:
-            assert one.stdout is not None
-            line = one.stdout.readline()
+            assert server.stdout is not None
+            line = server.stdout.readline()
             if not line.startswith("ready: "):
                 raise UserError(f"a server on what the last one left did not start: {line!r}")
             url = line.removeprefix("ready: ").strip()
@@ -75,13 +77,11 @@ def run_and_kill(folder: Path, size: int, rng: random.Random, seen: Counter[str]
             for client in clients:
                 client.start()
             answered = seen.total()
-            while seen.total() == answered and any(
-                client.is_alive() for client in clients
-            ):  # programs are compiled by the first one
-                time.sleep(0.01)
+            while seen.total() == answered and any(one.is_alive() for one in clients):
+                time.sleep(0.01)  # the first answer compiles the programs
             time.sleep(rng.random() * 1.5)
         finally:
-            one.send_signal(signal.SIGKILL)
+            server.send_signal(signal.SIGKILL)
         for client in clients:
             client.join()
 
