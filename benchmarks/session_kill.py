@@ -61,7 +61,7 @@ def ask_on(url: str, seed: int, seen: Counter[str]) -> None:
 def run_and_kill(folder: Path, size: int, rng: random.Random, seen: Counter[str]) -> None:
     """One server's life."""
     command = [
-        sys.executable, "-m", "apb_jax.serve", "--model", "tiny", "--port", "0", "--dtype", "float32",
+        sys.executable, "-m", "apb_jax.serve", "--model", "tiny", "--sp", "1", "--port", "0", "--dtype", "float32",
         "--sessions", str(folder), "--sessions-bytes", str(ROOM * size), "--device-bytes", str(int(1.5 * size)),
     ]  # fmt: skip
     with subprocess.Popen(
