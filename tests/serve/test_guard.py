@@ -17,7 +17,7 @@ from apb_jax.serve.guard import LOOPBACK, Gate
 from apb_jax.serve.stops import StopStrings
 
 EXAMPLES = int(os.environ.get("APB_FUZZ", "150"))
-"""Requests of each fuzz test; 5,000 were run once."""
+"""Requests of each fuzz test."""
 SETTINGS = settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
