@@ -40,6 +40,8 @@ class Wanted:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     logits: bool = False
+    """Logits of every token of the answer, and of the query's rows unless ``answer_alone``."""
+    answer_alone: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, new_tokens="max_new_tokens")
@@ -65,6 +67,7 @@ def wanted_of(
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
     logits: bool = False,
+    answer_alone: bool = False,
     on_tokens: OnTokens | None = None,
 ) -> Wanted:
     """The options of ``Session.start``, refused in words before anything runs."""
@@ -72,7 +75,7 @@ def wanted_of(
     if on_tokens is not None and not callable(on_tokens):
         raise UserError(f"on_tokens is {on_tokens!r:.60}; it must be callable with (request, ids)")
     stops = engine.stop_ids if stop_ids is None else tuple(stop_ids)
-    return Wanted(max_new_tokens, sampler, seed, stops, logits)
+    return Wanted(max_new_tokens, sampler, seed, stops, logits, answer_alone)
 
 
 @dataclass(frozen=True)
@@ -145,12 +148,13 @@ class Generation:
         self.plan = DecodePlan.of(session.method, greedy=wanted.sampler.greedy, with_logits=wanted.logits)
         started = time.perf_counter()
         engine.progress("query", 0, 1)
-        asking = replace(self.plan, greedy=True, bottom_right=engine.settings.bottom_right_query)
+        whole = wanted.logits and not wanted.answer_alone
+        asking = replace(self.plan, greedy=True, with_logits=whole, bottom_right=engine.settings.bottom_right_query)
         phase = run_query(session, queries, wanted.new_tokens, asking)
         self.query_rows = np.asarray(phase.logits)
         self.query_s = time.perf_counter() - started - (programs.compile_s - self.compiled_before)
-        check_finite(session, [self.query_rows[b, : len(q)] for b, q in enumerate(queries)])
-        ends = [len(q) - 1 if wanted.logits else 0 for q in queries]
+        check_finite(session, [self.query_rows[b, : len(q) if whole else 1] for b, q in enumerate(queries)])
+        ends = [len(q) - 1 if whole else 0 for q in queries]
         self.step_rows = [np.stack([self.query_rows[b, end] for b, end in enumerate(ends)])[None]]
         key, draw = jax.random.split(jax.random.key(wanted.seed))
         first = np.asarray(wanted.sampler(jnp.asarray(self.step_rows[0][0]), draw))
@@ -207,6 +211,7 @@ class Generation:
     def answers(self) -> list[Answer]:
         """What each request got."""
         session, codec = self.session, self.session.engine.codec
+        whole = self.wanted.logits and not self.wanted.answer_alone
         steps = np.concatenate(self.step_rows) if self.wanted.logits else None
         compile_s = session.compile_s + session.engine.programs.compile_s - self.compiled_before
         return [
@@ -223,7 +228,7 @@ class Generation:
                 compile_s=compile_s,
                 finish_reason="stop" if self.stopped[b] else "length",
                 notes=session.notes,
-                query_logits=self.query_rows[b, : len(self.queries[b])] if self.wanted.logits else None,
+                query_logits=self.query_rows[b, : len(self.queries[b])] if whole else None,
                 step_logits=None if steps is None else steps[: len(tokens), b],
             )
             for b, tokens in enumerate(self.tokens)

@@ -71,12 +71,16 @@ class Session:
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
         logits: bool = False,
+        answer_alone: bool = False,
         on_tokens: OnTokens | None = None,
     ) -> Generation:
-        """The query phase now, and an answer to be decoded chunk by chunk; see ``Engine.generate``."""
+        """The query phase now, and an answer to be decoded chunk by chunk; see ``Engine.generate``.
+
+        ``answer_alone``: with ``logits``, those of the answer's tokens only, not of the query's rows.
+        """
         wanted = wanted_of(
             self.engine, max_new_tokens,
-            sampler=sampler, seed=seed, stop_ids=stop_ids, logits=logits, on_tokens=on_tokens,
+            sampler=sampler, seed=seed, stop_ids=stop_ids, logits=logits, answer_alone=answer_alone, on_tokens=on_tokens,
         )  # fmt: skip
         queries = self.queries(query)
         self.engine.check_lengths(self.prompts, queries, max_new_tokens)

@@ -88,6 +88,7 @@ def answer(ask: Ask, session: Session, cached_tokens: int) -> Iterator[list[Even
         sampler=options.sampler,
         seed=options.seed,
         logits=options.logprobs is not None,
+        answer_alone=True,
     )
     written = Written(session, options)
     while True:

@@ -167,7 +167,7 @@ class Routes:
     async def asked(self, request: Request) -> Ask:
         """The Ask of a question to the document in the path."""
         service, wording = self.service, self.service.loaded.wording
-        document = service.library.find(request.path_params["id"])
+        document = service.find(request.path_params["id"])
         fields = await self.fields(request)
 
         def word() -> Ask:
@@ -243,22 +243,24 @@ class Routes:
 
     async def documents(self, request: Request) -> Response:
         """All documents, the newest first."""
-        kept = {one.key: one for one in self.service.loaded.store.list()}
-        told = [self.service.describe(document, kept) for document in reversed(self.service.library.list())]
-        return JSONResponse({"object": "list", "data": told})
+        service, kept = self.service, self.service.kept()
+        told = [service.describe(document, kept) for document in reversed(service.library.list())]
+        there = {one["id"] for one in told}
+        lost = [service.refused(one) for one in kept.values() if one.problem is not None]
+        return JSONResponse({"object": "list", "data": [*told, *(one for one in lost if one["id"] not in there)]})
 
     async def document(self, request: Request) -> Response:
         """One document."""
-        return JSONResponse(self.service.describe(self.service.library.find(request.path_params["id"])))
+        return JSONResponse(self.service.describe(self.service.find(request.path_params["id"])))
 
     async def remove_document(self, request: Request) -> Response:
         """Forget a document and its session; running answers end."""
-        document = self.service.library.remove(request.path_params["id"])
-        ticket = self.prefills.pop(document.id, None)
+        name = request.path_params["id"]
+        await asyncio.to_thread(self.service.forget, name)  # a large folder takes its time
+        ticket = self.prefills.pop(name, None)
         if ticket is not None:
             ticket.cancel()
-        self.service.loaded.store.delete(document.key)
-        return JSONResponse({"id": document.id, "object": "document", "deleted": True})
+        return JSONResponse({"id": name, "object": "document", "deleted": True})
 
 
 async def refused(request: Request, error: Exception) -> Response:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Document:
     """Whether a client gave it to keep (``POST /v1/documents``), rather than in front of a question."""
     created: int = field(default_factory=lambda: int(time.time()))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Under which its session is stored: a hash of the ids, 64 hexadecimal digits."""
         return hashlib.sha256(np.ascontiguousarray(self.ids, np.int32).tobytes()).hexdigest()

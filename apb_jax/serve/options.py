@@ -31,6 +31,9 @@ class ServeConfig:
     queue: int = 64
     answers: int = 8
     device_bytes: int | None = None
+    memory: int | None = None
+    sessions: Path | None = None
+    sessions_bytes: int = 50 << 30
     max_new_tokens: int = 512
     temperature: float = 0.0
     cors_origin: tuple[str, ...] = ()
@@ -86,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--slice-decode", action="store_true", help="decode with 1/sp of the weights on each device")
     group.add_argument(
         "--method", metavar="NAME", help="default: full on one shard, ring on several; the question is not known "
-        "while a document is prefilled, so apb needs --set embed_query=false and retaining heads",
+        "while a document is prefilled, so apb needs --set embed_query=false",
     )  # fmt: skip
     group.add_argument("--set", action="append", type=_setting, default=[], metavar="FIELD=VALUE")
     group.add_argument("--kernels", choices=KERNELS, default="auto")
@@ -102,6 +105,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--device-bytes", type=size(1), metavar="SIZE",
         help="sessions kept on the devices (default: 40%% of the memory that is free behind the weights; 2G on CPUs)",
     )  # fmt: skip
+    group.add_argument(
+        "--memory", type=parse_bytes, metavar="SIZE",
+        help="of each device that may be used; what does not fit is refused (default: what the devices say)",
+    )  # fmt: skip
+    group.add_argument(
+        "--sessions", type=Path, metavar="DIR",
+        help="folder of this server's own in which sessions survive a restart (default: device memory alone)",
+    )  # fmt: skip
+    group.add_argument(
+        "--sessions-bytes", type=parse_bytes, default=50 << 30, metavar="SIZE", help="in that folder (default: 50G)"
+    )
     group.add_argument(
         "--max-new-tokens", type=number(int, 1), default=512, metavar="N",
         help="where a request says nothing (default: 512)",

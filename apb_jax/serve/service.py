@@ -14,8 +14,9 @@ import numpy as np
 from apb_jax.engine import Engine
 from apb_jax.serve.answering import Ask, answer
 from apb_jax.serve.documents import Document, Library
+from apb_jax.serve.memory import MemoryPlan
 from apb_jax.serve.metrics import Metrics
-from apb_jax.serve.refusal import broken, too_long
+from apb_jax.serve.refusal import Refusal, broken, too_long
 from apb_jax.serve.requests import Defaults, Options
 from apb_jax.serve.store import SessionStore, Stored
 from apb_jax.serve.wording import Wording
@@ -30,6 +31,8 @@ class Plan:
     make_store: Callable[[Engine], SessionStore]
     limits: Limits = field(default_factory=Limits)
     defaults: Defaults = field(default_factory=Defaults)
+    memory_bytes: int | None = None
+    """Of a device that may be used; None: what the devices say."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,17 @@ class Service:
     def _load(self) -> Loaded:
         engine = self.plan.make_engine()
         store = self.plan.make_store(engine)
-        worker = Worker(engine, store, self.metrics, self.plan.limits)
+        for document in store.known():
+            self.library.add(document)
+        memory = MemoryPlan(engine, self.plan.memory_bytes)
+        worker = Worker(engine, store, self.metrics, memory, self.plan.limits)
         self.metrics.watch("queue", "Requests that wait", lambda: worker.waiting)
         self.metrics.watch("running", "Answers being decoded", lambda: worker.running)
-        self.metrics.watch("sessions", "Sessions kept", lambda: len(store.list()))
-        self.metrics.watch(
-            "session_bytes", "Bytes of kept sessions", lambda: sum(kept.bytes for kept in store.list()), where="device"
+        self.metrics.watch_places("sessions", "Sessions kept", lambda where: len(held(store, where)))
+        self.metrics.watch_places(
+            "session_bytes", "Bytes of kept sessions", lambda where: sum(kept.bytes for kept in held(store, where))
         )
-        return Loaded(engine, store, worker, Wording(engine, self.library))
+        return Loaded(engine, store, worker, Wording(engine, self.library, self.find))
 
     def stop(self, timeout: float = 60.0) -> None:
         """End the engine's thread after its running unit."""
@@ -89,6 +95,8 @@ class Service:
             self._loaded.worker.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
+        if self._loaded is not None:
+            self._loaded.store.close()
         self.words.shutdown(wait=False)
 
     @property
@@ -127,6 +135,8 @@ class Service:
                 + (f" or ask for at most {room} new ones" if asked and room > 0 else ""),
                 param,
             )
+        if self.loaded.store.get(document.key) is None:
+            self.loaded.worker.memory.check(len(document.ids), param)
         return Ask(document, query, options, min(self.plan.defaults.new_tokens, room) if asked is None else asked)
 
     def submit(self, ask: Ask) -> Ticket:
@@ -140,7 +150,7 @@ class Service:
     def describe(self, document: Document, kept: dict[str, Stored] | None = None) -> dict[str, Any]:
         """A document as a resource: its size, and where its session is."""
         loaded = self.loaded
-        found = ({one.key: one for one in loaded.store.list()} if kept is None else kept).get(document.key)
+        found = (self.kept() if kept is None else kept).get(document.key)
         prefill = loaded.worker.prefills.get(document.key)
         told: dict[str, Any] = {
             "id": document.id,
@@ -152,6 +162,8 @@ class Service:
             "tokens": len(document.ids),
             "method": loaded.engine.method.name,
         }
+        if found is not None and found.problem is not None:
+            return told | self.refused(found)
         if found is not None:
             return told | {
                 "status": "ready",
@@ -160,7 +172,7 @@ class Service:
                 "method": found.method,
                 "prefill_s": found.prefill_s,
                 "layout": list(found.layout),
-                "notes": [*found.notes, "prefilled without the question"],
+                "notes": list(dict.fromkeys([*found.notes, "prefilled without the question"])),
             }
         if prefill is not None:
             at = prefill.progress
@@ -170,6 +182,45 @@ class Service:
             return told | {"status": "prefilling", "progress": progress}
         failure = loaded.worker.failures.get(document.key)
         return told | ({"status": "failed", "error": failure} if failure else {"status": "not prefilled"})
+
+    def kept(self) -> dict[str, Stored]:
+        """What the store holds by key; where a session is in both places, the one on the devices."""
+        return {one.key: one for one in self.loaded.store.list()}
+
+    def refused(self, kept: Stored) -> dict[str, Any]:
+        """A session on disk that does not load."""
+        return {
+            "id": f"doc-{kept.key[:24]}",
+            "object": "document",
+            "name": kept.name,
+            "status": "refused",
+            "error": kept.problem,
+            "session_bytes": kept.bytes,
+            "where": kept.where,
+            "method": kept.method,
+        }
+
+    def find(self, name: str) -> Document:
+        """The document of this id; 404 where there is none, 409 where there is a session that does not load."""
+        try:
+            return self.library.find(name)
+        except Refusal:
+            for one in self.loaded.store.list():
+                if one.problem is not None and name == f"doc-{one.key[:24]}":
+                    self.loaded.store.loading(one.key)
+            raise
+
+    def forget(self, name: str) -> None:
+        """Delete a document and its session, wherever they are; 404 where there is neither."""
+        store = self.loaded.store
+        keys = {one.key for one in store.list() if name == f"doc-{one.key[:24]}"}
+        try:
+            keys.add(self.library.remove(name).key)
+        except Refusal:
+            if not keys:
+                raise
+        for key in keys:
+            store.delete(key)
 
     def memory(self) -> dict[str, Any]:
         """Bytes by the devices' own count where they have one, and of the kept sessions by their shapes."""
@@ -182,7 +233,14 @@ class Service:
             "kind": jax.devices()[0].device_kind,
             "used_bytes": sum(one["bytes_in_use"] for one in known) if known else None,
             "limit_bytes": sum(one["bytes_limit"] for one in known) if known else None,
-            "sessions": len(kept),
-            "session_bytes": sum(one.bytes for one in kept),
+            "sessions": len({one.key for one in kept}),
+            "session_bytes": sum(one.bytes for one in kept if one.where == "device"),
             "session_limit_bytes": getattr(loaded.store, "limit", None),
+            "disk_bytes": sum(one.bytes for one in kept if one.where == "disk"),
+            "disk_limit_bytes": getattr(loaded.store, "disk_limit", None),
         }
+
+
+def held(store: SessionStore, where: str) -> list[Stored]:
+    """The sessions in one place."""
+    return [one for one in store.list() if one.where == where]

@@ -6,6 +6,7 @@ from apb_jax.attention.registry import MethodSpec
 from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.options import RunConfig
+from apb_jax.serve.disk_store import DiskStore
 from apb_jax.serve.options import DEFAULT, ServeConfig
 from apb_jax.serve.requests import Defaults
 from apb_jax.serve.service import Plan
@@ -30,9 +31,10 @@ def plan(config: ServeConfig) -> Plan:
     """How to make the parts; nothing is loaded yet."""
     return Plan(
         lambda: make_engine(config),
-        lambda engine: make_store(engine, config.device_bytes),
+        lambda engine: make_store(engine, config),
         Limits(config.queue, config.answers),
         Defaults(config.max_new_tokens, config.temperature),
+        config.memory,
     )
 
 
@@ -72,13 +74,18 @@ def choose_method(run: RunConfig, model: LoadedModel, devices: int) -> MethodSpe
         return MethodSpec(exact, options)
     spec = MethodSpec(run.method, options)
     if run.method == "apb" and options.get("embed_query") is False:
-        if options.get("scorer") == "query" or model.retaining_hidden is None:
+        if options.get("scorer") == "query":
             raise UserError(
-                f"--method apb without the question ranks keys by retaining heads, and {model.name} has none in use; "
-                f"give --heads FILE, or the nearest legal choice: --method {exact}"
+                "--set scorer=query ranks keys by the question, and a session serves questions that come later; "
+                "nearest legal choice: --set scorer=expected"
+            )
+        if options.get("scorer") == "heads" and model.retaining_hidden is None:
+            raise UserError(
+                f"--set scorer=heads needs retaining heads, and {model.name} has none in use; give --heads FILE, or "
+                "the nearest legal choice: --set scorer=expected"
             )
     elif spec.can.needs_query_in_prefill:
-        advice = "--set embed_query=false with retaining heads" if run.method == "apb" else f"--method {exact}"
+        advice = "--set embed_query=false" if run.method == "apb" else f"--method {exact}"
         raise UserError(
             f"--method {run.method} reads the question while it prefills, and a session serves questions that come "
             f"later; nearest legal choice: {advice}"
@@ -86,10 +93,12 @@ def choose_method(run: RunConfig, model: LoadedModel, devices: int) -> MethodSpe
     return spec
 
 
-def make_store(engine: Engine, limit: int | None) -> SessionStore:
-    """Sessions in device memory, within ``limit`` bytes or a share of what is free."""
+def make_store(engine: Engine, config: ServeConfig) -> SessionStore:
+    """Sessions in device memory, within a limit or a share of what is free, and on disk where a folder is given."""
+    limit = config.device_bytes
     if limit is None:
         stats = [device.memory_stats() for device in engine.mesh.devices.flat]
         free = sum(one["bytes_limit"] - one["bytes_in_use"] for one in stats if one)
         limit = int(FREE_SHARE * free) if all(stats) else CPU_BYTES
-    return DeviceStore(limit)
+    device = DeviceStore(limit)
+    return device if config.sessions is None else DiskStore(engine, device, config.sessions, config.sessions_bytes)

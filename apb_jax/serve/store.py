@@ -5,13 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import jax
 
-from apb_jax.engine import Engine
+from apb_jax.serve.documents import Document
 from apb_jax.session import Session
+
+Loading = Generator[tuple[int, int], None, Session]
+"""A session on its way: yields (layers done, of how many), returns it."""
+
+
+class Gone(Exception):
+    """A session went before it was loaded: its document is prefilled again."""
 
 
 @dataclass(frozen=True)
@@ -26,41 +34,53 @@ class Stored:
     """Unix time of the last use."""
     method: str
     prefill_s: float
-    layout: tuple[dict[str, int], ...]
+    layout: tuple[dict[str, int], ...] = ()
     """For every shard, the keys its rows see by where they come from (``AttentionMethod.visible_keys``)."""
     notes: tuple[str, ...] = ()
+    name: str = ""
+    """Its document's, where the session does not load."""
+    problem: str | None = None
+    """Why it does not load."""
 
 
 class SessionStore(Protocol):
     """Sessions by the key of their document. Called from several threads."""
 
     def get(self, key: str) -> Session | None:
-        """The session, used now; None where there is none."""
+        """The session in device memory, used now; None where there is none."""
 
-    def put(self, key: str, session: Session) -> None:
+    def loading(self, key: str) -> Loading | None:
+        """The session from where else it is kept; None where it is nowhere. Refusal 409 where it does not load.
+
+        The generator raises ``Gone`` where the session goes before it is there.
+        """
+
+    def put(self, document: Document, session: Session) -> None:
         """Keep a session; others may go for it."""
 
     def list(self) -> list[Stored]:
-        """All that are kept, the one used longest ago first."""
+        """All that are kept, those on disk first, each the one used longest ago first; one may be in both places."""
 
-    def delete(self, key: str) -> None:
-        """Forget one; nothing happens where there is none."""
+    def delete(self, key: str) -> bool:
+        """Forget one; whether there was one."""
 
     def make_room(self, count: int) -> None:
-        """Let go of sessions until ``count`` more bytes fit, as far as there are any."""
+        """Let go of sessions in device memory until ``count`` more bytes are within the store's limit."""
+
+    def let_go(self) -> bool:
+        """Let go of the session in device memory that was used longest ago; False where there is none."""
+
+    def known(self) -> Sequence[Document]:
+        """Documents of kept sessions that an earlier server left."""
+
+    def close(self) -> None:
+        """Finish what is being written."""
 
 
 def session_bytes(session: Session) -> int:
     """Bytes that a session holds on all devices together."""
     arrays = jax.tree.leaves((session.cache, session.lengths))
     return sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
-
-
-def estimated_bytes(engine: Engine, tokens: int) -> int:
-    """Bytes of K and V of a document, without padding: what is made room for before the prefill."""
-    config = engine.model.config
-    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return int(tokens * row * engine.model.dtype.itemsize)
 
 
 class DeviceStore:
@@ -80,12 +100,15 @@ class DeviceStore:
             if key not in self._kept:
                 return None
             session, stored = self._kept[key]
-            self._kept[key] = session, Stored(**(vars(stored) | {"used": time.time()}))
+            self._kept[key] = session, replace(stored, used=time.time())
             self._kept.move_to_end(key)
             return session
 
-    def put(self, key: str, session: Session) -> None:
-        size = session_bytes(session)
+    def loading(self, key: str) -> Loading | None:
+        return None
+
+    def put(self, document: Document, session: Session) -> None:
+        size, key = session_bytes(session), document.key
         keys = tuple(session.method.visible_keys(session.layout, shard) for shard in range(session.layout.shards))
         stored = Stored(
             key, size, "device", time.time(), session.method.name, session.prefill_s, keys, session.notes
@@ -100,13 +123,23 @@ class DeviceStore:
         with self._lock:
             return [stored for _, stored in self._kept.values()]
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str) -> bool:
         with self._lock:
-            self._kept.pop(key, None)
+            return self._kept.pop(key, None) is not None
 
     def make_room(self, count: int) -> None:
         with self._lock:
             self._shrink(max(0, self.limit - count))
+
+    def let_go(self) -> bool:
+        with self._lock:
+            return bool(self._kept) and bool(self._kept.popitem(last=False))
+
+    def known(self) -> Sequence[Document]:
+        return []
+
+    def close(self) -> None:
+        """Nothing is being written."""
 
     def _shrink(self, limit: int) -> None:
         while self._kept and sum(stored.bytes for _, stored in self._kept.values()) > limit:

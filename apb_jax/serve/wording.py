@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,8 @@ class Wording:
 
     engine: Engine
     library: Library
+    find: Callable[[str], Document]
+    """A document by its id; refuses what is not there or does not load."""
 
     def __post_init__(self) -> None:
         if self.engine.codec is None:
@@ -40,7 +43,7 @@ class Wording:
         """(document, query ids) of a conversation; the document is remembered where it is worth a session."""
         turns = list(request.turns)
         if request.document_id is not None:
-            return self.library.find(request.document_id), self.query(request.instructions, turns)
+            return self.find(request.document_id), self.query(request.instructions, turns)
         first, answer = turns[0]
         document = self.library.at_start(first)
         if document is not None:

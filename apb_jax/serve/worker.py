@@ -17,9 +17,10 @@ from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.serve.answering import Event, Finished, Progress
 from apb_jax.serve.documents import Document
+from apb_jax.serve.memory import MemoryPlan
 from apb_jax.serve.metrics import Metrics
 from apb_jax.serve.refusal import Refusal, broken, busy, wrong
-from apb_jax.serve.store import SessionStore, estimated_bytes
+from apb_jax.serve.store import Gone, SessionStore
 from apb_jax.session import Session
 
 log = logging.getLogger("apb_jax.serve")
@@ -72,6 +73,8 @@ class Prefilling:
     document: Document
     waiters: list[Ticket]
     steps: Generator[tuple[int, int], None, Session] | None = None
+    loaded: bool = False
+    """Whether the session comes from the store instead: nothing is computed."""
     started: float = 0.0
     compiled_s: float = 0.0
     """The engine's seconds of compilation before it: those since then say nothing about the layers to come."""
@@ -85,9 +88,10 @@ class Worker:
     engine: Engine
     store: SessionStore
     metrics: Metrics
+    memory: MemoryPlan
     limits: Limits = field(default_factory=Limits)
     prefills: OrderedDict[str, Prefilling] = field(default_factory=OrderedDict)
-    """By document key, in order of arrival; the first one is running."""
+    """By document key, in order of arrival, sessions that are loaded before all others; the first one is running."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why the last prefill of a document failed, by its key."""
 
@@ -170,12 +174,16 @@ class Worker:
         """To the answers where its session is there; else behind the prefill of the same document, or a new one."""
         key = ticket.document.key
         session = self.store.get(key)
-        self.metrics.session("hit" if session else "joined" if key in self.prefills else "miss")
+        loading = None if session or key in self.prefills else self.store.loading(key)
+        found = "hit" if session else "joined" if key in self.prefills else "disk" if loading else "miss"
+        self.metrics.session(found)
         if session is not None:
             ticket.cached_tokens = len(ticket.document.ids)
             self._hand(ticket, session)
             return
-        prefill = self.prefills.setdefault(key, Prefilling(ticket.document, []))
+        prefill = self.prefills.setdefault(key, Prefilling(ticket.document, [], loading, loading is not None))
+        if loading:
+            self.prefills.move_to_end(key, last=False)
         prefill.waiters.append(ticket)
         if prefill.progress:
             ticket.post(prefill.progress)
@@ -218,22 +226,27 @@ class Worker:
         return prefill.waiters
 
     def _prefill_unit(self) -> None:
-        """The next group of layers of the first prefill; a new one starts only where its answers can follow."""
+        """The next group of layers of the first prefill or load; a new one starts only where its answers can follow."""
         if not self.prefills:
             return
         key, prefill = next(iter(self.prefills.items()))
         started = time.perf_counter()
         try:
-            if prefill.steps is None:
+            if not prefill.started:
                 if len(self._ready) >= self.limits.running:
                     return
-                self.store.make_room(estimated_bytes(self.engine, len(prefill.document.ids)))
-                prompt = Prompt(prefill.document.ids, PLACEHOLDER, PLACEHOLDER)
-                prefill.steps, prefill.started = self.engine.prefill_steps([prompt]), started
-                prefill.compiled_s = self.engine.programs.compile_s
+                self.memory.admit(len(prefill.document.ids), self.store, loaded=prefill.loaded)
+                if prefill.steps is None:
+                    prompt = Prompt(prefill.document.ids, PLACEHOLDER, PLACEHOLDER)
+                    prefill.steps = self.engine.prefill_steps([prompt])
+                prefill.started, prefill.compiled_s = started, self.engine.programs.compile_s
+            assert prefill.steps is not None
             done, layers = next(prefill.steps)
         except StopIteration as finished:
-            self._prefilled(key, prefill, finished.value)
+            self._prefilled(key, prefill, finished.value, started)
+            return
+        except Gone:
+            prefill.steps, prefill.loaded, prefill.started = None, False, 0.0
             return
         except Exception as error:  # noqa: BLE001 - told and logged by refusal_of; the server goes on
             refusal = refusal_of(error, self.store)
@@ -241,7 +254,7 @@ class Worker:
             for ticket in self._end_prefill(key):
                 ticket.post(refusal)
             return
-        self.metrics.prefill_seconds(time.perf_counter() - started)
+        self.metrics.prefill_seconds(time.perf_counter() - started, loaded=prefill.loaded)
         self._tell(prefill, done, layers)
 
     def _tell(self, prefill: Prefilling, done: int, layers: int) -> None:
@@ -250,17 +263,22 @@ class Worker:
         compile_ms = 1e3 * (self.engine.programs.compile_s - prefill.compiled_s)
         eta = max(0.0, ms - compile_ms) / done * (layers - done) if done else None
         for ticket in prefill.waiters:
-            ticket.post(Progress(ticket.prompt_tokens, 0, tokens * done // layers, ms, eta))
-        prefill.progress = Progress(tokens, 0, tokens * done // layers, ms, eta)
+            ticket.cached_tokens = tokens if prefill.loaded else 0
+            ticket.post(Progress(ticket.prompt_tokens, ticket.cached_tokens, tokens * done // layers, ms, eta))
+        prefill.progress = Progress(tokens, tokens if prefill.loaded else 0, tokens * done // layers, ms, eta)
 
-    def _prefilled(self, key: str, prefill: Prefilling, session: Session) -> None:
-        self.metrics.prefilled(len(prefill.document.ids))
+    def _prefilled(self, key: str, prefill: Prefilling, session: Session, started: float) -> None:
+        tokens = len(prefill.document.ids)
+        self.metrics.prefill_seconds(time.perf_counter() - started, loaded=prefill.loaded)
+        if not prefill.loaded:
+            self.metrics.prefilled(tokens)
         self.failures.pop(key, None)
         try:
-            self.store.put(key, session)
+            self.store.put(prefill.document, session)
         except Exception:  # a store that fails costs the next question a prefill, not this one its answer
             log.exception("a session could not be stored")
         for ticket in self._end_prefill(key):
+            ticket.cached_tokens = tokens if prefill.loaded else 0
             self._hand(ticket, session)
 
     def _answer_unit(self, ticket: Ticket) -> None:
@@ -294,7 +312,8 @@ def refusal_of(error: Exception, store: SessionStore) -> Refusal:
     if isinstance(error, UserError):
         return wrong("messages", str(error))
     if "RESOURCE_EXHAUSTED" in str(error):
-        store.make_room(1 << 62)
+        while store.let_go():
+            pass
         return broken("the devices ran out of memory; kept sessions were let go, try again", 503)
     log.error("a request failed", exc_info=error)
     return broken("the server failed on this request; its log says how")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from apb_jax.cache import DocumentCache
 from apb_jax.decode import DecodePlan
 from apb_jax.errors import UserError
 from apb_jax.mesh import SP, TP
+from apb_jax.prefill import layer_groups
 from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt.ids import as_ids
 from apb_jax.session import Session
@@ -49,6 +50,22 @@ def load(engine: Engine, folder: str | Path, documents: Sequence[np.ndarray] | N
     """
     check_value("folder", folder, str, Path)
     check_value("documents", documents, list, tuple, type(None))
+    steps = load_steps(engine, folder, documents)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as finished:
+            session: Session = finished.value
+            return session
+
+
+def load_steps(
+    engine: Engine, folder: str | Path, documents: Sequence[np.ndarray] | None = None
+) -> Generator[tuple[int, int], None, Session]:
+    """``load`` cut between groups of layers, as ``Engine.prefill_steps`` is: yields (layers done, of how many).
+
+    Close the generator to cancel.
+    """
     folder, started = Path(folder), time.perf_counter()
     manifest = read_manifest(folder)
     check_engine(engine, manifest, folder)
@@ -65,7 +82,9 @@ def load(engine: Engine, folder: str | Path, documents: Sequence[np.ndarray] | N
     for layer, k, v in _layers(folder, manifest, target):
         cache = target.put(cache, layer, k, v)
         engine.progress("load session", layer + 1, manifest.layers)
-    jax.block_until_ready(cache)
+        if (layer + 1) % (manifest.layers // layer_groups(manifest.layers)) == 0:
+            jax.block_until_ready(cache)
+            yield layer + 1, manifest.layers
     touch(folder)
     seconds = time.perf_counter() - started
     note = f"loaded from {folder} in {seconds:.2f} s, prefilled earlier on {manifest.method.shards} shards"
@@ -183,8 +202,34 @@ def _laid_out(requests: list[np.ndarray], target: Target) -> np.ndarray:
     return whole
 
 
+def read_beside(folder: Path, manifest: Manifest, name: str) -> bytes | None:
+    """A file that was kept with a session, against its hash; None where it has none of this name.
+
+    Raises:
+        UserError: it is damaged or gone.
+    """
+    if name not in manifest.files:
+        return None
+    return checked_bytes(folder / name, manifest.files[name]).tobytes()
+
+
+def read_documents(folder: Path, manifest: Manifest) -> list[np.ndarray]:
+    """The ids int32 of a session's documents, against their hash; no KV is read. UserError where damaged."""
+    return [prompt.document for prompt in _read_prompts(folder, manifest)[0]]
+
+
 def read_checked(path: Path, facts: FileFacts) -> dict[str, np.ndarray]:
     """The tensors of a file whose bytes are those that were saved; UserError else."""
+    data = checked_bytes(path, facts)
+    kinds: dict[str, Any] = {**DTYPES, "I32": np.dtype(np.int32)}
+    return {
+        entry.name: data[entry.offset : entry.offset + entry.nbytes].view(kinds[entry.dtype]).reshape(entry.shape)
+        for entry in read_header(path)
+    }
+
+
+def checked_bytes(path: Path, facts: FileFacts) -> np.ndarray:
+    """The bytes of a file that was saved; UserError where they are others."""
     try:
         data = np.fromfile(path, np.uint8)
     except FileNotFoundError as error:
@@ -194,8 +239,4 @@ def read_checked(path: Path, facts: FileFacts) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path} is damaged: its XXH3 is {found.xxh3}, the manifest says {facts.xxh3}; remove the session"
         )
-    kinds: dict[str, Any] = {**DTYPES, "I32": np.dtype(np.int32)}
-    return {
-        entry.name: data[entry.offset : entry.offset + entry.nbytes].view(kinds[entry.dtype]).reshape(entry.shape)
-        for entry in read_header(path)
-    }
+    return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save as as_safetensors
 
+from apb_jax import __version__
 from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
 from apb_jax.session_store.identity import identity, saved_method
@@ -25,10 +27,13 @@ GROUP_BYTES = 1 << 28
 """Layers that go into a file together take so many bytes over all requests; at least one layer."""
 
 
-def save(session: Session, folder: str | Path) -> Manifest:
+def save(session: Session, folder: str | Path, beside: Mapping[str, bytes] | None = None) -> Manifest:
     """Write a session to a new folder; killed or out of space, it leaves nothing that loads.
 
     The cache passes through the host a group of layers at a time.
+
+    Args:
+        beside: further files by name, hashed and kept with the session; ``read_beside`` reads them.
 
     Raises:
         UserError: the folder exists or cannot be written, the disk is too small, or devices belong to other processes.
@@ -56,6 +61,9 @@ def save(session: Session, folder: str | Path) -> Manifest:
             files[name] = FileFacts.of(data)
             (partial / name).write_bytes(data)
 
+        for name, data in (beside or {}).items():
+            files[name] = FileFacts.of(data)
+            (partial / name).write_bytes(data)
         write(PROMPTS, _prompts(session, [positions for _, positions in rows]))
         for first in range(0, layers, group):
             for request, tensors in enumerate(_group(cache, [at for at, _ in rows], first, min(group, layers - first))):
@@ -63,7 +71,7 @@ def save(session: Session, folder: str | Path) -> Manifest:
         manifest = Manifest(
             format=FORMAT,
             saved=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            versions={name: version(name) for name in ("jax", "flax")},
+            versions={"apb_jax": __version__} | {name: version(name) for name in ("jax", "flax")},
             model=engine.model.name,
             identity=facts,
             method=saved_method(session),

@@ -17,7 +17,7 @@ QUESTION = "Who saw the river?"
 def test_a_receipt_compares_with_exact_attention(engine: Any) -> None:
     approximate, text = engine.with_method("streaming"), book(95)
     server = Background(Plan(lambda: approximate, lambda _: DeviceStore(1 << 28)))
-    with server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with server, httpx.Client(base_url=server.url, timeout=300, trust_env=False) as http:
         name = http.post("/v1/documents", json={"text": text}).json()["id"]
         told = http.post(f"/v1/documents/{name}/receipt", json={"question": QUESTION, "max_tokens": 6}).json()
     assert (told["method"], told["against"]) == ("streaming", "full")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,12 @@ def test_what_the_model_cannot_do_is_one_line_too(capsys: Any, options: tuple[st
 def test_apb_is_served_where_it_does_not_read_the_question(another: Any) -> None:
     config = parse(["--method", "apb", "--set", "embed_query=false"]).run
     assert choose_method(config, load("tiny"), 8).options == {"embed_query": False}
-    with pytest.raises(UserError, match="give --heads FILE"):
-        choose_method(
-            parse(["--method", "apb", "--set", "embed_query=false", "--set", "scorer=query"]).run, load("tiny"), 8
-        )
+    for scorer, words in (("query", "ranks keys by the question"), ("heads", "give --heads FILE")):
+        asked = parse(["--method", "apb", "--set", "embed_query=false", "--set", f"scorer={scorer}"]).run
+        with pytest.raises(UserError, match=words):
+            choose_method(asked, replace(load("tiny"), retaining_hidden=None), 8)
+    free = parse(["--method", "apb", "--set", "embed_query=false", "--set", "scorer=expected"]).run
+    assert choose_method(free, replace(load("tiny"), retaining_hidden=None), 8).options["scorer"] == "expected"
 
 
 def test_sizes() -> None:
