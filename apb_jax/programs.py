@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,10 @@ from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import Transformer
 from pallas_kernels.dispatch import record_choices
 
+Recipe = tuple[str, Any, Callable[[], Any]]
+"""A program's name, its static settings, and how the jitted function is made."""
+COMPILERS = 8
+"""Programs compiled at a time: XLA works without Python's lock."""
 KEPT_PROGRAMS = 128
 """Compiled programs that an engine keeps; the one used longest ago goes first."""
 
@@ -104,7 +109,11 @@ class Programs:
     """Which implementations the ops of all programs so far took."""
     sizes: dict[Any, int] = field(default_factory=dict)
     """Bytes of each program; asking XLA takes milliseconds, so it is asked once."""
+    begun: dict[Any, Future[tuple[Any, dict[str, set[str]]]]] = field(default_factory=dict)
+    """Programs that are being compiled in the background, until they are called."""
+    pool: ThreadPoolExecutor | None = None
     compile_s: float = 0.0
+    """Seconds that callers waited for programs."""
     largest: int = 0
     """The most bytes that a program called so far needs on a device, by the compiler's estimate; may be set back."""
     on_compile: Callable[[str], None] | None = None
@@ -145,18 +154,34 @@ class Programs:
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate)
 
+    def key(self, name: str, static: Any, args: tuple[Any, ...]) -> Any:
+        """What a program is kept under; ``args`` may be ``jax.ShapeDtypeStruct``s."""
+        shapes = tuple((x.shape, x.dtype.name) for x in jax.tree.leaves(args))
+        return (name, static, shapes, jax.tree.structure(args))
+
+    def ahead(self, name: str, static: Any, make: Callable[[], Any], args: tuple[Any, ...]) -> None:
+        """Begin to compile in the background; ``call`` waits for it and raises what went wrong.
+
+        ``args``: arrays, or ``jax.ShapeDtypeStruct``s with their shardings.
+        """
+        key = self.key(name, static, args)
+        if key not in self.compiled and key not in self.begun:
+            if self.pool is None:
+                self.pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="compile")
+            self.begun[key] = self.pool.submit(compiled, make, args)
+
     def call(self, name: str, static: Any, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """Run program ``name``; compile it first where these static settings and shapes are new."""
-        shapes = tuple((x.shape, x.dtype.name) for x in jax.tree.leaves(args))
-        key = (name, static, shapes, jax.tree.structure(args))
+        key = self.key(name, static, args)
         if key not in self.compiled:
             if self.on_compile:
                 self.on_compile(name)
             started = time.perf_counter()
-            with record_choices() as chosen:
-                self.compiled[key] = make().lower(*args).compile()
+            begun = self.begun.pop(key, None)
+            program, chosen = compiled(make, args) if begun is None else begun.result()
             self.note_choices(name, chosen)
-            self.sizes[key] = program_bytes(self.compiled[key])
+            self.compiled[key] = program
+            self.sizes[key] = program_bytes(program)
             self.compile_s += time.perf_counter() - started
             while len(self.compiled) > KEPT_PROGRAMS:
                 self.sizes.pop(self.compiled.popitem(last=False)[0])
@@ -185,6 +210,12 @@ class Programs:
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), kind.specs())
         make = lambda: jax.jit(lambda: kind.zeros(self.config, batch, rows, dtype), out_shardings=shardings)  # noqa: E731
         return self.call(kind.__name__, (batch, rows, dtype), make, ())
+
+
+def compiled(make: Callable[[], Any], args: tuple[Any, ...]) -> tuple[Any, dict[str, set[str]]]:
+    """(the compiled program, which implementations its ops took)."""
+    with record_choices() as chosen:
+        return make().lower(*args).compile(), chosen
 
 
 def program_bytes(program: Any) -> int:
