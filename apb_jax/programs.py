@@ -176,18 +176,30 @@ class Programs:
         if key not in self.compiled:
             if self.on_compile:
                 self.on_compile(name)
-            started = time.perf_counter()
             begun = self.begun.pop(key, None)
-            program, chosen = compiled(make, args) if begun is None else begun.result()
-            self.note_choices(name, chosen)
-            self.compiled[key] = program
-            self.sizes[key] = program_bytes(program)
-            self.compile_s += time.perf_counter() - started
-            while len(self.compiled) > KEPT_PROGRAMS:
-                self.sizes.pop(self.compiled.popitem(last=False)[0])
+            self.keep(key, (lambda: compiled(make, args)) if begun is None else begun.result)
         self.compiled.move_to_end(key)
         self.largest = max(self.largest, self.sizes[key])
         return self.compiled[key](*args)
+
+    def keep(self, key: Any, result: Callable[[], tuple[Any, dict[str, set[str]]]]) -> None:
+        """Wait for a program and keep it; the wait is what compilation costs the caller."""
+        started = time.perf_counter()
+        program, chosen = result()
+        self.note_choices(key[0], chosen)
+        self.compiled[key] = program
+        self.sizes[key] = program_bytes(program)
+        self.compile_s += time.perf_counter() - started
+        while len(self.compiled) > KEPT_PROGRAMS:
+            self.sizes.pop(self.compiled.popitem(last=False)[0])
+
+    def finish(self) -> None:
+        """Wait for all programs begun: XLA times its choices on the device, which must do nothing else then."""
+        while self.begun:
+            key = next(iter(self.begun))
+            if self.on_compile:
+                self.on_compile(key[0])
+            self.keep(key, self.begun.pop(key).result)
 
     def note_choices(self, name: str, chosen: dict[str, set[str]]) -> None:
         """Keep which implementation each op took; refuse a prefill whose attention is not the one asked for by name."""

@@ -15,7 +15,7 @@ def engine():
     return Engine(random_model(), MethodSpec("full"), make_mesh(1))
 
 
-@pytest.mark.parametrize("method, shards", [("full", 1), ("apb", 4)])
+@pytest.mark.parametrize(("method", "shards"), [("full", 1), ("apb", 4)])
 def test_rows_are_those_with_a_cache(engine, method, shards):
     engine = engine.with_method(method, shards=shards)
     prompt = engine.prompt(np.asarray(ids(0, 200)), np.asarray(ids(1, 5)))
@@ -24,7 +24,8 @@ def test_rows_are_those_with_a_cache(engine, method, shards):
     (key,) = engine.programs.begun
     steps = [(done, np.asarray(x)) for done, _, x in alone.layers()]
     assert [done for done, _ in steps] == [1, 2]
-    assert key in engine.programs.compiled and not engine.programs.begun
+    assert key in engine.programs.compiled
+    assert not engine.programs.begun
     layout = engine.choose([prompt])[0].layout([prompt], shards)
     cache = engine.programs.zeros(DocumentCache, 1, shards * layout.kept_capacity, engine.model.dtype)
     *_, (_, state) = run(engine.programs, alone.method, engine.state, alone.tokens, alone.rows, cache)
