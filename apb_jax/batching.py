@@ -66,7 +66,10 @@ def _numbers(places: tuple[int, ...]) -> str:
 def answer_batch(engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> list[Answer]:
     """An answer for every prompt, in order; ``options``: those of ``Session.start``. One group's KV at a time."""
     on_tokens: OnTokens | None = options.pop("on_tokens", None)
-    wanted = Wanted(max_new_tokens, options.get("sampler", Sampler()), logits=options.get("logits", False))
+    stops = engine.stop_ids if options.get("stop_ids") is None else tuple(options["stop_ids"])
+    wanted = Wanted(
+        max_new_tokens, options.get("sampler", Sampler()), stop_ids=stops, logits=options.get("logits", False)
+    )
     answers: dict[int, Answer] = {}
     for group in groups(engine, prompts):
         session = engine.prefill([prompts[place] for place in group.places], wanted)
