@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from apb_jax.attention.inputs import Prompt
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.errors import UserError
-from apb_jax.generation import Answer, OnTokens
+from apb_jax.generation import Answer, OnTokens, Wanted
+from apb_jax.sampling import Sampler
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -65,9 +66,13 @@ def _numbers(places: tuple[int, ...]) -> str:
 def answer_batch(engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> list[Answer]:
     """An answer for every prompt, in order; ``options``: those of ``Session.start``. One group's KV at a time."""
     on_tokens: OnTokens | None = options.pop("on_tokens", None)
+    stops = engine.stop_ids if options.get("stop_ids") is None else tuple(options["stop_ids"])
+    wanted = Wanted(
+        max_new_tokens, options.get("sampler", Sampler()), stop_ids=stops, logits=options.get("logits", False)
+    )
     answers: dict[int, Answer] = {}
     for group in groups(engine, prompts):
-        session = engine.prefill([prompts[place] for place in group.places])
+        session = engine.prefill([prompts[place] for place in group.places], wanted)
         given = session.generate(max_new_tokens, on_tokens=_relayed(on_tokens, group.places), **options)
         for place, notes, answer in zip(group.places, group.notes, given, strict=True):
             answers[place] = replace(answer, notes=notes)

@@ -16,7 +16,7 @@ from apb_jax.attention.full import Full
 from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.cache import DocumentCache, TailCache
-from apb_jax.programs import Lengths, Programs
+from apb_jax.programs import Lengths, Programs, Recipe
 from apb_jax.rope.string import StringRope
 from apb_jax.sampling import draw, greedy
 
@@ -151,6 +151,11 @@ def query(
     tail: TailCache,
 ) -> tuple[Float[Array, "B R V"], TailCache]:
     """The query over the sharded cache: logits of its last row (R = 1), or of all M rows; ``tail`` is donated."""
+    return programs.call(*query_recipe(programs, plan), (weights, tokens, lengths, cache, tail))
+
+
+def query_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
+    """What ``Programs`` compiles for ``query``."""
 
     def body(weights: Any, tokens: Any, lengths: Lengths, cache: DocumentCache, tail: TailCache) -> Any:
         asked = lengths.query_tokens
@@ -164,7 +169,7 @@ def query(
     make = lambda: programs.traced(  # noqa: E731
         body, (programs.specs, P(), P(), caches, tails), (P(), tails), donate=(4,)
     )
-    return programs.call("query", plan, make, (weights, tokens, lengths, cache, tail))
+    return "query", plan, make
 
 
 def decode(
@@ -175,6 +180,11 @@ def decode(
     Returns the new tokens (-1 where a request had stopped or no step ran, BROKEN where logits are not finite), their
     logits where the plan wants them, and the state for the next call; ``state`` is donated.
     """
+    return programs.call(*decode_recipe(programs, plan), (weights, cache, asked, state))
+
+
+def decode_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
+    """What ``Programs`` compiles for ``decode``."""
 
     def body(weights: Any, cache: DocumentCache, asked: Asked, state: DecodeState) -> Any:
         batch, vocabulary = state.token.shape[0], programs.config.vocab_size
@@ -207,4 +217,4 @@ def decode(
     make = lambda: programs.traced(  # noqa: E731
         body, (programs.specs, DocumentCache.specs(), P(), states), (P(), P(), states), donate=(3,)
     )
-    return programs.call("decode", plan, make, (weights, cache, asked, state))
+    return "decode", plan, make

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from apb_jax.ahead import compile_ahead
 from apb_jax.attention.inputs import Kernels, Prompt
 from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.attention.placement import ORDERS, Placement
@@ -20,7 +21,7 @@ from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.batching import answer_batch, common_method
 from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
-from apb_jax.generation import Answer, wanted_of
+from apb_jax.generation import Answer, Wanted, wanted_of
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
 from apb_jax.precision import Precision
@@ -255,9 +256,12 @@ class Engine:
             return common_method(self, prompts)
         return resolve(self.method, self.setup(1, prompts))
 
-    def prefill(self, prompts: list[Prompt]) -> Session:
-        """Run the documents through all layers; the returned session answers from their KV cache."""
-        steps = self.prefill_steps(prompts)
+    def prefill(self, prompts: list[Prompt], wanted: Wanted | None = None) -> Session:
+        """Run the documents through all layers; the returned session answers from their KV cache.
+
+        ``wanted``: what the prompts' own queries will be asked with; its programs are compiled beside the prefill's.
+        """
+        steps = self.prefill_steps(prompts, wanted)
         while True:
             try:
                 next(steps)
@@ -265,7 +269,9 @@ class Engine:
                 session: Session = finished.value
                 return session
 
-    def prefill_steps(self, prompts: list[Prompt]) -> Generator[tuple[int, int], None, Session]:
+    def prefill_steps(
+        self, prompts: list[Prompt], wanted: Wanted | None = None
+    ) -> Generator[tuple[int, int], None, Session]:
         """The prefill cut between groups of layers: yields (layers done, of how many), returns the session.
 
         Close the generator to cancel. Times count its own work alone, not what runs between two steps.
@@ -289,6 +295,8 @@ class Engine:
         weights = self.state  # read before the clock starts
         prefill_s = compile_s = 0.0
         compiled_before, started = programs.compile_s, time.perf_counter()
+        if wanted is not None:
+            compile_ahead(self, method, rows, cache, max(len(p.query) for p in prompts), wanted)
         for done, state in run(programs, method, weights, tokens, rows, cache):
             cache = state.cache
             compiled = programs.compile_s - compiled_before

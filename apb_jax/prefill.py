@@ -18,7 +18,7 @@ from apb_jax.attention.placement import Placement
 from apb_jax.cache import DocumentCache
 from apb_jax.mesh import SP
 from apb_jax.model.heads import FoldedRetainingHead
-from apb_jax.programs import Lengths, Programs
+from apb_jax.programs import Lengths, Programs, Recipe
 
 GROUPS = 8
 """At most so many groups are the layers cut into: what progress is reported by."""
@@ -30,12 +30,13 @@ class PrefillState:
     """What goes from layer to layer, donated to each program: hidden rows, and the KV kept so far."""
 
     x: Float[Array, "B N*S E"]
-    cache: DocumentCache
+    cache: DocumentCache | None
+    """None: a layer's KV is dropped behind its attention."""
 
-    @staticmethod
-    def specs() -> PrefillState:
+    def specs(self) -> PrefillState:
         """Rows over ``sp``."""
-        return PrefillState(P(None, SP, None), DocumentCache.specs())  # type: ignore[arg-type]
+        cache = None if self.cache is None else DocumentCache.specs()
+        return PrefillState(P(None, SP, None), cache)  # type: ignore[arg-type]
 
 
 @jax.tree_util.register_dataclass
@@ -75,17 +76,20 @@ def embed(programs: Programs, weights: nnx.State, tokens: Int[Array, "B N*S"]) -
     return programs.call("embed", None, make, (weights, tokens))
 
 
-def layers_program(programs: Programs, method: AttentionMethod, count: int) -> Any:
-    """The jitted program (weights, state, rows, first layer) -> state of ``count`` layers in one scan."""
+def layers_program(programs: Programs, method: AttentionMethod, count: int, kept: PrefillState) -> Any:
+    """The jitted program (weights, state, rows, first layer) -> state of ``count`` layers in one scan.
+
+    ``kept``: a state of the structure that goes in and comes out.
+    """
 
     def prefill_layers(weights: Any, state: PrefillState, rows: PrefillRows, start: Any) -> PrefillState:
         def one_shard(inputs: LayerInputs) -> tuple[Any, Any, Any]:
             out, (k, v) = method.prefill(inputs, rows.lengths.shard(), programs.kernels)
             return out, k, v
 
-        def attend(inputs: LayerInputs, cache: DocumentCache) -> tuple[Any, DocumentCache]:
+        def attend(inputs: LayerInputs, cache: DocumentCache | None) -> tuple[Any, DocumentCache | None]:
             out, k, v = each_shard(rows.lengths.placement, one_shard, inputs)
-            return out, cache.write(inputs.layer, k, v)
+            return out, None if cache is None else cache.write(inputs.layer, k, v)
 
         model = programs.model(weights)
         x, cache = model.run_layers(
@@ -93,8 +97,13 @@ def layers_program(programs: Programs, method: AttentionMethod, count: int) -> A
         )
         return PrefillState(x, cache)
 
-    state, rows = PrefillState.specs(), PrefillRows(P(None, SP), P())  # type: ignore[arg-type]
+    state, rows = kept.specs(), PrefillRows(P(None, SP), P())  # type: ignore[arg-type]
     return programs.traced(prefill_layers, (programs.specs, state, rows, P()), state, donate=(1,))
+
+
+def prefill_recipe(programs: Programs, method: AttentionMethod, count: int, kept: PrefillState) -> Recipe:
+    """What ``Programs`` compiles for ``count`` layers."""
+    return "prefill", (method, count), lambda: layers_program(programs, method, count, kept)
 
 
 def layer_groups(layers: int) -> int:
@@ -108,20 +117,20 @@ def run(
     weights: nnx.State,
     tokens: Int[Array, "B N*S"],
     rows: PrefillRows,
-    cache: DocumentCache,
+    cache: DocumentCache | None,
+    size: int | None = None,
 ) -> Iterator[tuple[int, PrefillState]]:
     """(layers done, state) before the first and after every group of layers, each finished on the devices.
 
     A state is donated to the next group: only the last one can be kept. Who stops asking stops the prefill.
+    ``cache`` None keeps no KV; ``size``: layers of a group, a divisor of all (default: ``layer_groups``).
     """
     layers = programs.config.num_layers
-    size = layers // layer_groups(layers)
+    size = size or layers // layer_groups(layers)
     state = PrefillState(embed(programs, weights, tokens), cache)
     yield 0, state
     for first in range(0, layers, size):
         start = programs.place(np.int32(first))
-        state = programs.call(
-            "prefill", (method, size), lambda: layers_program(programs, method, size), (weights, state, rows, start)
-        )
+        state = programs.call(*prefill_recipe(programs, method, size, state), (weights, state, rows, start))
         jax.block_until_ready(state)
         yield first + size, state

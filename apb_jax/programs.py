@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,10 @@ from apb_jax.model.transformer import Transformer
 from pallas_kernels.dispatch import record_choices
 from pallas_kernels.errors import KernelInputError, Unsupported
 
+Recipe = tuple[str, Any, Callable[[], Any]]
+"""A program's name, its static settings, and how the jitted function is made."""
+COMPILERS = 8
+"""Programs compiled at a time: XLA works without Python's lock."""
 KEPT_PROGRAMS = 128
 """Compiled programs that an engine keeps; the one used longest ago goes first."""
 
@@ -105,7 +110,11 @@ class Programs:
     """Which implementations the ops of all programs so far took."""
     sizes: dict[Any, int] = field(default_factory=dict)
     """Bytes of each program; asking XLA takes milliseconds, so it is asked once."""
+    begun: dict[Any, Future[tuple[Any, dict[str, set[str]]]]] = field(default_factory=dict)
+    """Programs that are being compiled in the background, until they are called."""
+    pool: ThreadPoolExecutor | None = None
     compile_s: float = 0.0
+    """Seconds that callers waited for programs."""
     largest: int = 0
     """The most bytes that a program called so far needs on a device, by the compiler's estimate; may be set back."""
     on_compile: Callable[[str], None] | None = None
@@ -146,27 +155,52 @@ class Programs:
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate)
 
+    def key(self, name: str, static: Any, args: tuple[Any, ...]) -> Any:
+        """What a program is kept under; ``args`` may be ``jax.ShapeDtypeStruct``s."""
+        shapes = tuple((x.shape, x.dtype.name) for x in jax.tree.leaves(args))
+        return (name, static, shapes, jax.tree.structure(args))
+
+    def ahead(self, name: str, static: Any, make: Callable[[], Any], args: tuple[Any, ...]) -> None:
+        """Begin to compile in the background; ``call`` waits for it and raises what went wrong.
+
+        ``args``: arrays, or ``jax.ShapeDtypeStruct``s with their shardings.
+        """
+        key = self.key(name, static, args)
+        if key not in self.compiled and key not in self.begun:
+            if self.pool is None:
+                self.pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="compile")
+            self.begun[key] = self.pool.submit(compiled, make, args)
+
     def call(self, name: str, static: Any, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """Run program ``name``; compile it first where these static settings and shapes are new."""
-        shapes = tuple((x.shape, x.dtype.name) for x in jax.tree.leaves(args))
-        key = (name, static, shapes, jax.tree.structure(args))
+        key = self.key(name, static, args)
         if key not in self.compiled:
             if self.on_compile:
                 self.on_compile(name)
-            started = time.perf_counter()
-            try:
-                with record_choices() as chosen:
-                    self.compiled[key] = make().lower(*args).compile()
-            except (KernelInputError, Unsupported) as error:
-                raise UserError(f"--kernels: {error}; nearest legal choice: --kernels auto") from error
-            self.note_choices(name, chosen)
-            self.sizes[key] = program_bytes(self.compiled[key])
-            self.compile_s += time.perf_counter() - started
-            while len(self.compiled) > KEPT_PROGRAMS:
-                self.sizes.pop(self.compiled.popitem(last=False)[0])
+            begun = self.begun.pop(key, None)
+            self.keep(key, (lambda: compiled(make, args)) if begun is None else begun.result)
         self.compiled.move_to_end(key)
         self.largest = max(self.largest, self.sizes[key])
         return self.compiled[key](*args)
+
+    def keep(self, key: Any, result: Callable[[], tuple[Any, dict[str, set[str]]]]) -> None:
+        """Wait for a program and keep it; the wait is what compilation costs the caller."""
+        started = time.perf_counter()
+        program, chosen = result()
+        self.note_choices(key[0], chosen)
+        self.compiled[key] = program
+        self.sizes[key] = program_bytes(program)
+        self.compile_s += time.perf_counter() - started
+        while len(self.compiled) > KEPT_PROGRAMS:
+            self.sizes.pop(self.compiled.popitem(last=False)[0])
+
+    def finish(self) -> None:
+        """Wait for all programs begun: XLA times its choices on the device, which must do nothing else then."""
+        while self.begun:
+            key = next(iter(self.begun))
+            if self.on_compile:
+                self.on_compile(key[0])
+            self.keep(key, self.begun.pop(key).result)
 
     def note_choices(self, name: str, chosen: dict[str, set[str]]) -> None:
         """Keep which implementation each op took; refuse a prefill whose attention is not the one asked for by name."""
@@ -189,6 +223,15 @@ class Programs:
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), kind.specs())
         make = lambda: jax.jit(lambda: kind.zeros(self.config, batch, rows, dtype), out_shardings=shardings)  # noqa: E731
         return self.call(kind.__name__, (batch, rows, dtype), make, ())
+
+
+def compiled(make: Callable[[], Any], args: tuple[Any, ...]) -> tuple[Any, dict[str, set[str]]]:
+    """(the compiled program, which implementations its ops took)."""
+    try:
+        with record_choices() as chosen:
+            return make().lower(*args).compile(), chosen
+    except (KernelInputError, Unsupported) as error:
+        raise UserError(f"--kernels: {error}; nearest legal choice: --kernels auto") from error
 
 
 def program_bytes(program: Any) -> int:

@@ -79,8 +79,8 @@ class Session:
         ``answer_alone``: with ``logits``, those of the answer's tokens only, not of the query's rows.
         """
         wanted = wanted_of(
-            self.engine, max_new_tokens,
-            sampler=sampler, seed=seed, stop_ids=stop_ids, logits=logits, answer_alone=answer_alone, on_tokens=on_tokens,
+            self.engine, max_new_tokens, sampler=sampler, seed=seed, stop_ids=stop_ids, logits=logits,
+            answer_alone=answer_alone, on_tokens=on_tokens,
         )  # fmt: skip
         queries = self.queries(query)
         self.engine.check_lengths(self.prompts, queries, max_new_tokens)

@@ -32,7 +32,14 @@ ORDER = [
     ("apb_jax.presets", "apb_jax.sampling"),
     ("apb_jax.weights", "apb_jax.programs"),
     ("apb_jax.prefill", "apb_jax.decode", "apb_jax.prompt"),
-    ("apb_jax.engine", "apb_jax.batching", "apb_jax.session", "apb_jax.generation", "apb_jax.session_store"),
+    (
+        "apb_jax.engine",
+        "apb_jax.ahead",
+        "apb_jax.batching",
+        "apb_jax.session",
+        "apb_jax.generation",
+        "apb_jax.session_store",
+    ),
     ("apb_jax.synthetic", "apb_jax.options"),
     ("apb_jax.measure", "apb_jax.report", "apb_jax.screen", "apb_jax.task", "apb_jax.retaining"),
     (

@@ -11,7 +11,7 @@ import numpy as np
 
 from apb_jax.attention.inputs import Prompt
 from apb_jax.engine import Engine
-from apb_jax.generation import Answer, OnTokens
+from apb_jax.generation import Answer, OnTokens, Wanted
 from apb_jax.measure.receipt import receipt
 from apb_jax.measure.recovered import recovered_mass
 from apb_jax.measure.traffic import layer_traffic
@@ -40,7 +40,8 @@ class Asking:
 def run_one(engine: Engine, asking: Asking, on_tokens: OnTokens | None = None) -> tuple[dict[str, Any], Answer]:
     """Prefill and answer: (this method's part of the JSON object, the answer). Nothing stays on the devices."""
     engine.programs.largest = 0
-    session = engine.prefill([asking.prompt])
+    stops = engine.stop_ids if asking.stop_ids is None else asking.stop_ids
+    session = engine.prefill([asking.prompt], Wanted(asking.new_tokens, asking.sampler, stop_ids=stops))
     (answer,) = session.generate(
         asking.new_tokens, sampler=asking.sampler, seed=asking.seed, stop_ids=asking.stop_ids, on_tokens=on_tokens
     )

@@ -59,9 +59,9 @@ def layer_traffic(engine: Engine, method: AttentionMethod, prompts: list[Prompt]
     cache = jax.eval_shape(lambda: DocumentCache.zeros(config, batch, layout.kept_capacity * shards, dtype))
     lengths = Lengths.of(layout, np.asarray([len(p.query) for p in prompts], np.int32), placement)
     hidden, places = shape((batch, rows * shards, config.hidden_size), dtype), shape((batch, rows * shards), np.int32)
-    program = layers_program(engine.programs, method, 1)
     rows_in = PrefillRows(places, lengths)  # type: ignore[arg-type]
     state = PrefillState(hidden, cache)  # type: ignore[arg-type]
+    program = layers_program(engine.programs, method, 1, state)
     traced = jax.make_jaxpr(program)(engine.state, state, rows_in, shape((), np.int32))
     counts: Counter[str] = Counter()
     total = 0.0
