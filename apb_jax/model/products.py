@@ -41,44 +41,40 @@ def project_all(
 ) -> list[Float[Array, "B S O"]]:
     """``x`` times each matrix, in the dtype of ``x``; with ``slices`` this member's columns, or ``rows``, of each.
 
-    Matrices in 8 bits multiply the rows of ``x`` quantised once for all of them.
+    The matrices are all of one kind. Those in 8 bits multiply the rows of ``x`` quantised once for all of them.
     """
-    first = matrices[0]
-    if isinstance(first, StackedMatrix) or (isinstance(first, Fp8Matrix) and isinstance(first.values, StackedMatrix)):
-        return _in_place(x, matrices, slices, rows)
-    if isinstance(first, Fp8Matrix):
-        return _quantised(x, matrices, slices, rows)
-    return [project(x, slices.part(matrix, 0 if rows else 1) if slices else matrix) for matrix in matrices]
+    values = [matrix.values if isinstance(matrix, Fp8Matrix) else matrix for matrix in matrices]
+    stacks = [one for one in values if isinstance(one, StackedMatrix)]
+    arrays = [one for one in values if not isinstance(one, StackedMatrix)]
+    scales = [_scale(matrix, slices, rows) for matrix in matrices if isinstance(matrix, Fp8Matrix)]
+    if not stacks and not scales:
+        return [project(x, slices.part(array, 0 if rows else 1) if slices else array) for array in arrays]
+    flat = x.reshape(-1, x.shape[-1])
+    products = _in_place(flat, stacks, slices, rows) if stacks else _quantised(flat, arrays, slices, rows)
+    if scales:
+        products = [one.astype(jnp.float32) * scale for one, scale in zip(products, scales, strict=True)]
+    return [one.astype(x.dtype).reshape(*x.shape[:-1], -1) for one in products]
 
 
 def _quantised(
-    x: Float[Array, "B S I"], matrices: Sequence[Matrix], slices: WeightSlices | None, rows: bool
-) -> list[Float[Array, "B S O"]]:
-    values, scale = quantise(x.reshape(-1, x.shape[-1]))
-    out = []
-    for matrix in matrices:
-        assert isinstance(matrix, Fp8Matrix)
-        weight = slices.part(matrix.values, 1 if rows else 0) if slices else matrix.values
-        plain = product(values, weight, x.dtype)
-        scaled = plain.astype(jnp.float32) * scale * _scale(matrix, slices, rows)
-        out.append(scaled.astype(x.dtype).reshape(*x.shape[:-1], -1))
-    return out
+    x: Float[Array, "R I"], matrices: Sequence[Float[Array, "O I"]], slices: WeightSlices | None, rows: bool
+) -> list[Float[Array, "R O"]]:
+    """Without the scales of the matrices; float32 here, which XLA does not write to memory."""
+    values, scale = quantise(x)
+    parts = [slices.part(matrix, 1 if rows else 0) if slices else matrix for matrix in matrices]
+    return [product(values, part, x.dtype).astype(jnp.float32) * scale for part in parts]
 
 
 def _in_place(
-    x: Float[Array, "B S I"], matrices: Sequence[Matrix], slices: WeightSlices | None, rows: bool
-) -> list[Float[Array, "B S O"]]:
+    x: Float[Array, "R I"], matrices: Sequence[StackedMatrix], slices: WeightSlices | None, rows: bool
+) -> list[Float[Array, "R O"]]:
     share = (jax.lax.axis_index(slices.axis), slices.count) if slices else None
-    stacks = [matrix.values if isinstance(matrix, Fp8Matrix) else matrix for matrix in matrices]
-    products = skinny_matmul(
-        x.reshape(-1, x.shape[-1]), [stack.stack for stack in stacks], stacks[0].layer,
-        row_share=share if rows else None, column_share=None if rows else share,
+    return list(
+        skinny_matmul(
+            x, [matrix.stack for matrix in matrices], matrices[0].layer,
+            row_share=share if rows else None, column_share=None if rows else share,
+        )
     )  # fmt: skip
-    scaled = [
-        plain * _scale(matrix, slices, rows) if isinstance(matrix, Fp8Matrix) else plain
-        for plain, matrix in zip(products, matrices, strict=True)
-    ]
-    return [one.astype(x.dtype).reshape(*x.shape[:-1], -1) for one in scaled]
 
 
 def _scale(matrix: Fp8Matrix, slices: WeightSlices | None, rows: bool) -> Float[Array, " O"]:

@@ -151,10 +151,8 @@ class LoadedModel:
             [(path, leaf.replace(arrays[_path(path)])) for path, leaf in nnx.to_flat_state(state)]
         )
 
-
     def _folded(self, mesh: Mesh | None, shardings: dict[str, Sharding], progress: Progress | None) -> dict[str, Any]:
-        """Weights with folded heads: products of q, k and v before these are quantised, where they were not stored so.
-        """
+        """Weights with folded heads: q, k and v are quantised behind the folding, unless they were stored so."""
         plain = replace(self, fold_heads=False)
         targets = plain.shardings(mesh)
         quantising = QKV if self.fp8 and not self.source.fp8 else ()
