@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Any
 
 from apb_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 MODEL = "model"
 """The model's own dtype: what ``--dtype`` says."""
@@ -45,6 +45,11 @@ class Precision:
         return cls(**(recipe | {name: value for name, value in given.items() if value is not None}))
 
     @property
+    def word(self) -> str:
+        """The recipe's word where it is one, else the fields that are not the model's own dtype."""
+        return next((word for word in WORDS if Precision.of(word) == self), str(self))
+
+    @property
     def changed(self) -> dict[str, str]:
         """Fields that are not the model's own dtype."""
         return {name: value for name in CHOICES if (value := getattr(self, name)) != MODEL}
@@ -56,4 +61,6 @@ class Precision:
 
 def precision_of(dtype: Any) -> jax.lax.Precision | None:
     """HIGHEST for float32, which GPUs else round to 10 bits of mantissa (TF32); None for other types."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    import jax  # not above: command lines read this module before anything heavy is imported
+
+    return jax.lax.Precision.HIGHEST if dtype == jax.numpy.float32 else None

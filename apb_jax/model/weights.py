@@ -84,17 +84,21 @@ class Weight:
         return PartitionSpec(*[None] * self.stacked, *axes)
 
     def quantised(self) -> tuple[Weight, Weight]:
-        """The two rows that take this matrix's place in a model with ``FP8_WEIGHTS``; in no HF file by these names."""
+        """The two rows that take this matrix's place in a model with ``FP8_WEIGHTS``; FP8 checkpoints have them."""
         inputs, outputs = self.letters
         scale_split = self.split if self.split == outputs else None
         return (
-            Weight(f"{self.path}_fp8", (outputs, inputs), "fp8", self.split, None, self.needs),
-            Weight(f"{self.path}_scale", (outputs,), "scale", scale_split, None, self.needs),
+            Weight(f"{self.path}_fp8", (outputs, inputs), "fp8", self.split, self.hf, self.needs),
+            Weight(f"{self.path}_scale", (outputs,), "scale", scale_split, f"{self.hf}_scale", self.needs),
         )
 
     def dtype(self, model: Any) -> Any:
         """The type it is held in, where the model's is ``model``."""
         return {"fp8": FP8, "scale": jnp.dtype(jnp.float32)}.get(self.kind, jnp.dtype(model))
+
+    def itemsize(self, model: int) -> int:
+        """Bytes of a value, where one of the model's own dtype has ``model``."""
+        return {"fp8": 1, "scale": 4}.get(self.kind, model)
 
     def initial(self, shape: tuple[int, ...], key: Callable[[], Array], dtype: Any) -> Array:
         """Random values: norms 1, biases 0, matrices of variance 1 / inputs, embedding and head of deviation 0.02."""

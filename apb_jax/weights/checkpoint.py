@@ -21,11 +21,12 @@ from apb_jax.weights.folding import fold, why_not
 from apb_jax.weights.generation_config import read_stop_ids
 from apb_jax.weights.gguf_file import read_gguf
 from apb_jax.weights.gguf_header import is_gguf
-from apb_jax.weights.hf_folder import HEADS_FILE, read_config, read_entries
+from apb_jax.weights.hf_folder import HEADS_FILE, read_config, read_entries, read_json
 from apb_jax.weights.locate import Located, cached_heads, is_orbax, locate, locate_heads
 from apb_jax.weights.manifest import check_sizes, read_manifest
 from apb_jax.weights.mapping import RETAINING_HEADS, Rule, check, rules_for, sizes_of
 from apb_jax.weights.orbax_folder import check_parameters, restore
+from apb_jax.weights.published_fp8 import flattened, is_fp8
 from apb_jax.weights.quantised import check_scales, dequantise_matrix, quantise_matrix, wide_sharding, without
 from apb_jax.weights.retaining_heads import check_heads, read_heads, split_heads
 from apb_jax.weights.safetensors_header import TensorEntry
@@ -194,10 +195,13 @@ class HFFolder:
     @classmethod
     def open(cls, path: Path, heads: Path | None) -> tuple[HFFolder, ModelConfig, int | None]:
         """(source, configuration, width of the retaining heads): every header against every rule."""
+        fp8 = False
         if is_gguf(path):
             found, config, _ = read_gguf(path)
         else:
             found, config = read_entries(path), read_config(path)
+            fp8 = is_fp8(read_json(path / "config.json"))
+            found = flattened(found) if fp8 else found
         entries, own_heads = split_heads(found)
         head_entries = read_heads(heads) if heads else own_heads
         hidden = check_heads(head_entries, config) if head_entries else None
@@ -206,12 +210,12 @@ class HFFolder:
             entries = without_equal_head(entries)
         check(
             entries,
-            rules_for(config, hidden),
+            rules_for(config, hidden, fp8=fp8),
             family=config.family,
             sizes=sizes_of(config, hidden),
             num_layers=config.num_layers,
         )
-        return cls(path, entries), config, hidden
+        return cls(path, entries, fp8=fp8), config, hidden
 
     @property
     def files(self) -> list[Path]:
@@ -227,7 +231,7 @@ class HFFolder:
         self, model: LoadedModel, shardings: dict[str, Sharding], progress: Progress | None
     ) -> dict[str, jax.Array]:
         """Read the files, a few layers at a time."""
-        rules = rules_for(model.config, model.retaining_hidden)
+        rules = rules_for(model.config, model.retaining_hidden, fp8=self.fp8)
         return _stream(self.entries, rules, model, shardings, progress)
 
 
@@ -341,6 +345,7 @@ def load(
         tokenizer=load_tokenizer(folder) if folder else None,
         folder=folder,
         fold_heads=stored if fold_heads is None else fold_heads,
+        fp8=source.fp8,
         stop_ids=read_stop_ids(folder) if folder and folder.is_dir() else (),
     )
 
