@@ -192,11 +192,14 @@ def skinny_configs() -> dict[str, Config]:
     change = functools.partial(dataclasses.replace, FP8_CONFIG)
     return {
         "default": FP8_CONFIG,
-        "stages 6": change(stages=6),
         "stages 8": change(stages=8),
-        "2 blocks": change(blocks_per_multiprocessor=2, registers=168),
-        "3 blocks": change(blocks_per_multiprocessor=3, registers=104),
-        "columns 64, 2 blocks": change(block_columns=64, blocks_per_multiprocessor=2, registers=168),
+        "2 blocks": change(stages=3, blocks_per_multiprocessor=2, registers=168),
+        "2 blocks, twice the parts": change(stages=3, blocks_per_multiprocessor=4, registers=168),
+        "3 blocks": change(stages=2, blocks_per_multiprocessor=3, registers=104),
+        "columns 64, 2 blocks": change(block_columns=64, stages=5, blocks_per_multiprocessor=2, registers=168),
+        "columns 64, 3 blocks": change(block_columns=64, stages=3, blocks_per_multiprocessor=3, registers=104),
+        "4 parts": change(parts=4),
+        "8 parts": change(parts=8),
         "depth 256, stages 3": change(block_depth=256, stages=3),
     }
 

@@ -37,6 +37,8 @@ class Config:
     blocks_per_multiprocessor: int = 1
     registers: int = 232
     """Of a thread that computes."""
+    parts: int | None = None
+    """Into how many the depth is cut; None: as many as the blocks of threads that run at once allow."""
 
 
 FP8_CONFIG = Config(block_depth=128)
@@ -134,7 +136,7 @@ def mosaic_gpu(call: MatmulCall, config: Config | None = None) -> tuple[jax.Arra
     tiles = [-(-own // config.block_columns) for own in call.columns]
     steps = -(-depth // config.block_depth)
     wanted = MULTIPROCESSORS * config.blocks_per_multiprocessor // sum(tiles)
-    parts = max(1, min(wanted, steps // config.stages))
+    parts = config.parts or max(1, min(wanted, steps // config.stages))
     tiled = (plgpu.TilingTransform((8, 128 // x.dtype.itemsize)), plgpu.SwizzleTransform(128))
     tile = (config.block_depth, config.block_columns)
     tiled32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
