@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from apb_jax.attention.inputs import LayerInputs
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import Where, rms_norm
 from apb_jax.model.products import project
@@ -153,12 +154,17 @@ class Model:
         self.state = jax.jit(lambda: nnx.state(make(rngs=nnx.Rngs(0))))()
 
     def run(self, state: Any, x: jax.Array, start: jax.Array, *, in_place: bool) -> jax.Array:
-        """All layers on [1, rows, hidden size]; what attention would give is its query."""
+        """All layers on [1, rows, hidden size]; in place of attention the sum of its inputs, so that none goes unused."""
         positions = jnp.zeros(x.shape[:2], jnp.int32)
         model = nnx.merge(self.graph, state)
         where = Where(in_place=in_place)
+
+        def summed(inputs: LayerInputs, carry: Any) -> tuple[jax.Array, Any]:
+            groups = inputs.q.shape[2] // inputs.k.shape[2]
+            return inputs.q + jnp.repeat(inputs.k + inputs.v, groups, axis=2), carry
+
         out, _ = model.run_layers(
-            x, positions, lambda inputs, carry: (inputs.q, carry), (), start=start, count=self.config.num_layers,
+            x, positions, summed, (), start=start, count=self.config.num_layers,
             where=where,
         )  # fmt: skip
         return out

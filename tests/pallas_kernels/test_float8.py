@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from apb_jax.presets import MODELS
 from benchmarks.precision_hlo import hlo_facts
+from benchmarks.precision_products import NO_TRITON_GEMM, Model
+from pallas_kernels import device
 from pallas_kernels.errors import KernelInputError
 from pallas_kernels.float8 import FP8, LARGEST, dequantise, product, quantise
 from pallas_kernels.skinny_matmul import skinny_matmul
@@ -132,18 +136,42 @@ ENTRY %main {
     assert (facts.f8_calls, facts.other_products, facts.f8_transposes, facts.wide_weights) == (1, 1, 1, 1)
 
 
+def small_model(fp8: bool) -> Model:
+    config = dataclasses.replace(
+        MODELS["llama3.1-8b"].config, hidden_size=1024, intermediate_size=3072, num_heads=8, num_kv_heads=4
+    )
+    return Model(config, 2, fp8=fp8)
+
+
+def test_layers_hand_plain_e4m3_operands_to_xla() -> None:
+    """As lowered for CUDA: all products along the last axes, no transpose and no wider copy of a weight.
+
+    JAX writes equal products once and calls them, so that their shapes are counted, not their lines.
+    """
+    model = small_model(fp8=True)
+    x = jax.ShapeDtypeStruct((1, 128, 1024), jnp.bfloat16)
+    run = jax.jit(functools.partial(model.run, in_place=False))
+    with device.assume(device.HOPPER):
+        traced = run.trace(model.state, x, jax.ShapeDtypeStruct((), jnp.int32))
+        lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+    products = [line for line in lines if "stablehlo.dot_general" in line]
+    narrow = [line for line in products if line.count("xf8E4M3FN>") == 2]
+    sides = {f"{out}x{inner}" for out, inner in model.facts}
+    assert len(products) == len(narrow)
+    assert {side for side in sides for line in narrow if f"tensor<{side}xf8E4M3FN>) ->" in line} == sides
+    assert all("contracting_dims = [1] x [1]" in line and "xbf16>" in line for line in narrow)
+    from_weights = [line for line in lines if any(f"tensor<{side}xf8E4M3FN>" in line for side in sides)]
+    assert len(from_weights) >= len(sides)
+    assert not [line for line in from_weights if "stablehlo.convert" in line or "stablehlo.transpose" in line]
+
+
 @pytest.mark.gpu
 @HOPPER_OR_ADA
 @pytest.mark.parametrize("rows", [128, 4096])
 def test_layers_multiply_in_8_bits_on_gpus(rows: int) -> None:
     """The optimised program of whole layers: 8-bit products, no transpose of a weight, no copy of one in 16 bits."""
-    import dataclasses
 
-    from apb_jax.presets import MODELS
-    from benchmarks.precision_products import NO_TRITON_GEMM, Model
-
-    small = {"hidden_size": 1024, "intermediate_size": 3072, "num_heads": 8, "num_kv_heads": 4, "head_dim": 128}
-    model = Model(dataclasses.replace(MODELS["llama3.1-8b"].config, **small), 2, fp8=True)
+    model = small_model(fp8=True)
     _, _, text = model.program(rows, in_place=False, options=NO_TRITON_GEMM)
     facts = hlo_facts(text, model.facts)
     assert facts.f8_calls >= 7, facts
