@@ -154,7 +154,7 @@ class Model:
         self.state = jax.jit(lambda: nnx.state(make(rngs=nnx.Rngs(0))))()
 
     def run(self, state: Any, x: jax.Array, start: jax.Array, *, in_place: bool) -> jax.Array:
-        """All layers on [1, rows, hidden size]; in place of attention the sum of its inputs, so that none goes unused."""
+        """All layers on [1, rows, hidden size]; for attention the sum of its inputs: none may go unused."""
         positions = jnp.zeros(x.shape[:2], jnp.int32)
         model = nnx.merge(self.graph, state)
         where = Where(in_place=in_place)

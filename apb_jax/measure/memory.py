@@ -145,8 +145,11 @@ def activation_moments(case: Case, rows: int, *, scored: bool) -> dict[str, dict
     chunk = min(rows, CHUNK_ROWS) * item
     hidden = {"scorer_hidden": row * case.retaining_hidden} if scored and case.retaining_hidden else {}
     projected = {"q_k_v": row * (q + 2 * kv), **hidden}
+    narrow = {"quantised_rows": rows * config.hidden_size} if case.fp8 else {}
+    widths = 2 * config.hidden_size + 3 * config.intermediate_size // tp
+    narrow_chunk = min(rows, CHUNK_ROWS) * config.intermediate_size // tp if case.fp8 else 0
     return {
-        "qkv": {"normed_rows": row * config.hidden_size, **projected},
+        "qkv": {"normed_rows": row * config.hidden_size, **narrow, **projected},
         "rotation": {"rotated_q_k": row * (q + kv), **projected},
         "attention": {
             "rotated_q_k": row * (q + kv),
@@ -157,7 +160,7 @@ def activation_moments(case: Case, rows: int, *, scored: bool) -> dict[str, dict
         },
         "mlp": {
             "attention_out": row * q,
-            "mlp_chunk": chunk * (2 * config.hidden_size + 3 * config.intermediate_size // tp),
+            "mlp_chunk": chunk * widths + narrow_chunk,
         },
     }
 
