@@ -34,6 +34,7 @@ from apb_jax.weights.checkpoint import LoadedModel
 from apb_jax.weights.fingerprint import fingerprint
 from apb_jax.weights.quantised import refusal as refusal_of_fp8
 from pallas_kernels import device
+from pallas_kernels.float8 import CUBLAS_ONLY
 
 
 class Progress(Protocol):
@@ -134,6 +135,7 @@ class Engine:
                 mesh=self.mesh,
                 kernels=self.settings.kernels,
                 slices=slices,
+                compiler_options=CUBLAS_ONLY if model.fp8 and device.current().platform == "gpu" else None,
             )
         self.listen(progress)
 

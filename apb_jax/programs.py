@@ -99,6 +99,7 @@ class Programs:
     kernels: Kernels
     slices: WeightSlices | None = None
     """Given where query and decoding steps use the weights as slices over ``sp``."""
+    compiler_options: dict[str, Any] | None = None
     compiled: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     choices: dict[str, set[str]] = field(default_factory=dict)
     """Which implementations the ops of all programs so far took."""
@@ -154,7 +155,7 @@ class Programs:
                 self.on_compile(name)
             started = time.perf_counter()
             with record_choices() as chosen:
-                self.compiled[key] = make().lower(*args).compile()
+                self.compiled[key] = make().lower(*args).compile(self.compiler_options)
             self.note_choices(name, chosen)
             self.sizes[key] = program_bytes(self.compiled[key])
             self.compile_s += time.perf_counter() - started

@@ -6,7 +6,8 @@
 
 Weights are random. ``linear``: parity of each product against float32, then the seven products of a layer with stages
 left out, then layers as the engine runs them (norms, SwiGLU, row chunks; attention left out). ``skinny``: products of a
-decoding step, read where they lie. ``engine``: prefill and decoding with the logits' receipt. Every variant that fails
+decoding step, read where they lie. ``engine``: prefill and decoding with the logits' receipt. ``compile``:
+layers as XLA compiles them by default, too, which takes longer. Every variant that fails
 is told and passed over. One JSON line a figure goes to ``--out``, and
 beside it the optimised HLO of the layers.
 """
@@ -39,7 +40,8 @@ from apb_jax.report import versions
 from benchmarks import precision_engine as engines
 from benchmarks import precision_products as parts
 
-SECTIONS = ("linear", "skinny", "engine")
+SECTIONS = ("linear", "skinny", "engine", "compile")
+CUBLAS, FREE = "cuBLAS only", "as XLA likes"
 LAYERS = 4
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 
@@ -101,7 +103,7 @@ def linear(journal: Journal, config: ModelConfig, rows: int) -> None:
         if not journal.room(name, 10):
             continue
         with journal.trying(name):
-            program, took = parts.compiled(run, *args, options=parts.NO_TRITON_GEMM)
+            program, took = parts.compiled(run, *args, options=parts.CUBLAS_ONLY)
             found = parts.seconds(program, *args)
             base = base or found
             rate = work / found / 1e12
@@ -111,13 +113,16 @@ def linear(journal: Journal, config: ModelConfig, rows: int) -> None:
                 section="linear", what=name, rows=rows, ms=found * 1e3, tflops=rate, ratio=base / found, compile_s=took,
             )  # fmt: skip
     del inputs
-    layers(journal, config, rows, "linear", in_place=False)
+    layers(journal, config, rows, "linear", in_place=False, hows=(CUBLAS,))
 
 
-def layers(journal: Journal, config: ModelConfig, rows: int, section: str, *, in_place: bool) -> None:
-    """Layers as the engine runs them, bf16 and fp8, with XLA's own product generator switched off and on."""
+def layers(
+    journal: Journal, config: ModelConfig, rows: int, section: str, *, in_place: bool, hows: tuple[str, ...]
+) -> None:
+    """Layers as the engine runs them, bf16 and fp8, with XLA's own generator of products switched off or on."""
     base: dict[str, float] = {}
-    for how, options in (("no triton gemm", parts.NO_TRITON_GEMM), ("as XLA likes", None)):
+    for how in hows:
+        options = parts.CUBLAS_ONLY if how == CUBLAS else None
         for fp8 in (False, True):
             name = f"layers, {rows} rows, {'fp8' if fp8 else 'bf16'}, {how}"
             if not journal.room(name, 20):
@@ -164,7 +169,7 @@ def skinny(journal: Journal, config: ModelConfig) -> None:
                 with journal.trying(what):
                     x = jax.random.normal(key, (rows, stacks[0].shape[2 if name != "bf16" else 1]), jnp.bfloat16)
                     run, args = parts.skinny(stacks, x, tiles, implementation)
-                    program, took = parts.compiled(run, *args, options=parts.NO_TRITON_GEMM)
+                    program, took = parts.compiled(run, *args, options=parts.CUBLAS_ONLY)
                     found = parts.seconds(program, *args, calls=10) / count
                     moved = sum(a.nbytes for a in stacks) / count
                     rate = moved / found
@@ -174,7 +179,7 @@ def skinny(journal: Journal, config: ModelConfig) -> None:
                         section="skinny", what=what, us=found * 1e6, gbs=rate / 1e9, share=rate / read,
                     )  # fmt: skip
         del wide, narrow
-    layers(journal, config, 1, "skinny", in_place=True)
+    layers(journal, config, 1, "skinny", in_place=True, hows=(CUBLAS,))
 
 
 def engine(journal: Journal, model: Any, lengths: tuple[int, int]) -> None:
@@ -236,6 +241,7 @@ def main(argv: list[str]) -> int:
     steps: dict[str, Callable[[], None]] = {
         "linear": lambda: linear(journal, config, rows),
         "skinny": lambda: skinny(journal, config),
+        "compile": lambda: layers(journal, config, rows, "compile", in_place=False, hows=(CUBLAS, FREE)),
         "engine": lambda: engine(
             journal, apb_jax.load("tiny" if args.small else args.model, weights="random"), lengths
         ),

@@ -13,10 +13,10 @@ import pytest
 
 from apb_jax.presets import MODELS
 from benchmarks.precision_hlo import hlo_facts
-from benchmarks.precision_products import NO_TRITON_GEMM, Model
+from benchmarks.precision_products import Model
 from pallas_kernels import device
 from pallas_kernels.errors import KernelInputError
-from pallas_kernels.float8 import FP8, LARGEST, dequantise, product, quantise
+from pallas_kernels.float8 import CUBLAS_ONLY, FP8, LARGEST, dequantise, product, quantise
 from pallas_kernels.skinny_matmul import skinny_matmul
 
 pytestmark = pytest.mark.kernel
@@ -172,7 +172,7 @@ def test_layers_multiply_in_8_bits_on_gpus(rows: int) -> None:
     """The optimised program of whole layers: 8-bit products, no transpose of a weight, no copy of one in 16 bits."""
 
     model = small_model(fp8=True)
-    _, _, text = model.program(rows, in_place=False, options=NO_TRITON_GEMM)
+    _, _, text = model.program(rows, in_place=False, options=CUBLAS_ONLY)
     facts = hlo_facts(text, model.facts)
     assert facts.f8_calls >= 7, facts
     assert (facts.other_products, facts.f8_transposes, facts.wide_weights) == (0, 0, 0), facts
