@@ -28,6 +28,8 @@ PARITY_ROWS = 512
 ARITHMETIC_LIMIT = 1e-2
 """Relative to the largest value: a product of e4m3 operands against the same in float32 (bf16 output, short sums)."""
 WIDTH = tuple[int, int]
+ROWS_OF = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
+"""Matrix -> the first one that reads the same rows: rows are quantised once for all of those."""
 
 
 def shapes_of(config: ModelConfig) -> dict[str, WIDTH]:
@@ -74,8 +76,11 @@ class Inputs:
 
     def __init__(self, config: ModelConfig, rows: int) -> None:
         keys = iter(jax.random.split(jax.random.key(0), 16))
-        self.x = {n: jax.random.normal(next(keys), (rows, n), jnp.bfloat16)
-                  for n in {inner for _, inner in shapes_of(config).values()}}  # fmt: skip
+        shapes = shapes_of(config)
+        self.x = {
+            name: jax.random.normal(next(keys), (rows, shapes[name][1]), jnp.bfloat16)
+            for name in dict.fromkeys(ROWS_OF.values())
+        }
         self.w = {name: jax.random.normal(next(keys), shape, jnp.bfloat16) * shape[1] ** -0.5
                   for name, shape in shapes_of(config).items()}  # fmt: skip
         self.w8 = {name: jax.jit(quantise)(w) for name, w in self.w.items()}
@@ -96,7 +101,7 @@ def parity(config: ModelConfig, inputs: Inputs) -> dict[str, Any]:
     found: dict[str, Any] = {}
     programs: dict[WIDTH, Any] = {}
     for name, shape in shapes_of(config).items():
-        args = inputs.x[shape[1]][:PARITY_ROWS], inputs.w[name], inputs.w8[name]
+        args = inputs.x[ROWS_OF[name]][:PARITY_ROWS], inputs.w[name], inputs.w8[name]
         if shape not in programs:
             programs[shape] = compiled(forms, *args, options=CUBLAS_ONLY)[0]
         want, wide, got, same = programs[shape](*args)
@@ -108,18 +113,17 @@ def parity(config: ModelConfig, inputs: Inputs) -> dict[str, Any]:
 
 def stages(config: ModelConfig, inputs: Inputs) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Variant -> (program, arguments): all seven products, with ever more of what belongs to them."""
-    shapes = shapes_of(config)
     x, w, x8, w8 = inputs.x, inputs.w, inputs.x8, inputs.w8
 
     def bf16(x: Any, w: Any) -> Any:
-        return [project(x[shapes[name][1]][None], m.T) for name, m in w.items()]
+        return [project(x[ROWS_OF[name]][None], m.T) for name, m in w.items()]
 
     def alone(x8: Any, w8: Any) -> Any:
-        return [product(x8[shapes[name][1]][0], m[0], jnp.bfloat16) for name, m in w8.items()]
+        return [product(x8[ROWS_OF[name]][0], m[0], jnp.bfloat16) for name, m in w8.items()]
 
     def scaled(x8: Any, w8: Any) -> Any:
         plain = alone(x8, w8)
-        return [(y.astype(jnp.float32) * x8[shapes[name][1]][1] * m[1][:, 0]).astype(jnp.bfloat16)
+        return [(y.astype(jnp.float32) * x8[ROWS_OF[name]][1] * m[1][:, 0]).astype(jnp.bfloat16)
                 for y, (name, m) in zip(plain, w8.items(), strict=True)]  # fmt: skip
 
     def quantised(x: Any, w8: Any) -> Any:
@@ -130,10 +134,10 @@ def stages(config: ModelConfig, inputs: Inputs) -> dict[str, tuple[Callable[...,
         return {n: quantise(a) for n, a in x.items()}
 
     def norm(x: Any) -> Any:
-        return quantise(rms_norm(x[config.hidden_size], jnp.ones(config.hidden_size, jnp.bfloat16), 1e-5))
+        return quantise(rms_norm(x["q"], jnp.ones(config.hidden_size, jnp.bfloat16), 1e-5))
 
     def swiglu(x: Any) -> Any:
-        gate = x[config.intermediate_size]
+        gate = x["down"]
         return quantise(jax.nn.silu(gate) * gate)
 
     return {
@@ -141,7 +145,7 @@ def stages(config: ModelConfig, inputs: Inputs) -> dict[str, tuple[Callable[...,
         "fp8 products alone": (alone, (x8, w8)),
         "fp8 products + scales": (scaled, (x8, w8)),
         "fp8 products + scales + quantisation": (quantised, (x, w8)),
-        "quantisation alone, both widths": (quantising, (x,)),
+        "quantisation alone, four blocks of rows": (quantising, (x,)),
         "norm + quantisation": (norm, (x,)),
         "swiglu + quantisation": (swiglu, (x,)),
     }
