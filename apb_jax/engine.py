@@ -24,7 +24,7 @@ from apb_jax.errors import UserError
 from apb_jax.generation import Answer, Wanted, wanted_of
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
-from apb_jax.precision import Precision
+from apb_jax.precision import FP8, Precision
 from apb_jax.prefill import PrefillRows, run
 from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt.codec import make_codec
@@ -34,6 +34,9 @@ from apb_jax.session import Session, is_batch
 from apb_jax.typed import check_items, check_names, check_types, check_value
 from apb_jax.weights.checkpoint import LoadedModel
 from apb_jax.weights.fingerprint import fingerprint
+from apb_jax.weights.quantised import refusal as refusal_of_fp8
+from pallas_kernels import device
+from pallas_kernels.float8 import CUBLAS_ONLY
 
 
 class Progress(Protocol):
@@ -129,11 +132,12 @@ class Engine:
         self.codec = make_codec(model.tokenizer, model.name, self.settings.prompt_style) if model.tokenizer else None
         self.template = self.codec.frame.name if self.codec else NONE
         check_mesh(model, self.mesh)
+        model = self.model = self._quantised(model)
         if not self.settings.answers_only:
             self.check_method(batch=1)
         sizes = self.mesh.shape
         slices = WeightSlices.over(model.config, SP, sizes[SP], sizes[TP]) if self.settings.slice_decode else None
-        shared = beside is not None and beside.mesh == self.mesh
+        shared = beside is not None and beside.mesh == self.mesh and beside.model.fp8 == model.fp8
         self._home: Weights = beside._home if beside is not None and shared else Weights(model, self.mesh)
         self.programs: Programs
         if beside is not None and shared and beside.programs.same(self.settings.kernels, slices):
@@ -146,8 +150,21 @@ class Engine:
                 mesh=self.mesh,
                 kernels=self.settings.kernels,
                 slices=slices,
+                compiler_options=CUBLAS_ONLY if model.fp8 and device.current().platform == "gpu" else None,
             )
         self.listen(progress)
+
+    def _quantised(self, model: LoadedModel) -> LoadedModel:
+        """The model with matrices as the precision says, or in 8 bits as its checkpoint has them."""
+        settings = self.settings
+        fp8 = settings.precision.weights == FP8 or model.source.fp8
+        if fp8:
+            self.settings = replace(settings, precision=replace(settings.precision, weights=FP8))
+            sizes = self.mesh.shape
+            slices = sizes[SP] if settings.slice_decode else 1
+            if reason := refusal_of_fp8(model.config, device.current(), tp=sizes[TP], slices=slices):
+                raise UserError(f"{model.name} with fp8 weights: {reason}; nearest legal choice: --weights-dtype model")
+        return model if model.fp8 == fp8 else replace(model, fp8=fp8)
 
     def listen(self, progress: Progress | None) -> None:
         """Tell this listener of every stage from now on."""

@@ -14,6 +14,7 @@ from apb_jax.arguments import count, number
 from apb_jax.command import Parser
 from apb_jax.errors import UserError
 from apb_jax.files import check_input, check_output_folder, near_file, read_stdin, read_text, shown
+from apb_jax.precision import CHOICES, WORDS, Precision
 from apb_jax.prompt.style import PromptStyle, parse_separator, parse_template_arg
 
 DEFAULT_SEQ = 8192
@@ -51,6 +52,26 @@ gpu_memory = arguments.size(2**20)
 """An argparse type: memory of a device; less than a MiB is a forgotten unit."""
 
 
+def add_precision(group: Any) -> None:
+    """The flags of `Precision` to a parser or a group of one."""
+    group.add_argument(
+        "--precision",
+        choices=WORDS,
+        help="fp8: 8-bit floats wherever there are any, emulated on CPUs (default: bf16, the dtype of --dtype)",
+    )
+    group.add_argument(
+        "--weights-dtype", choices=CHOICES["weights"], help="of the layers' matrices, in place of --precision's"
+    )
+
+
+def split_method(text: str) -> tuple[str, Precision | None]:
+    """A method of --compare with its precision: "apb@bf16"; None: that of the run."""
+    name, at, word = text.partition("@")
+    if at and word not in WORDS:
+        raise UserError(f"--compare {text!r}: behind @ comes a precision, {' or '.join(WORDS)}")
+    return name, Precision.of(word) if at else None
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One run of ``python -m apb_jax.run``; see ``--help`` for the meaning of the fields."""
@@ -83,6 +104,8 @@ class RunConfig:
     temperature: float = 0.0
     top_p: float = 1.0
     dtype: str | None = None
+    precision: str | None = None
+    weights_dtype: str | None = None
     compare: tuple[str, ...] = ()
     mass: bool = True
     repeat: int | None = None
@@ -124,8 +147,14 @@ class RunConfig:
         twice = [name for name in self.method_options if [n for n, v in self.options if v is not None].count(name) > 1]
         if twice:
             raise UserError(f"{twice[0]} is given twice, by --set and by a flag or another --set; give it once")
-        if self.method in self.compare:
-            raise UserError(f"--compare {self.method} is the method itself; compare with another one, such as full")
+        for text in self.compare:
+            name, precision = split_method(text)
+            if name == self.method and (precision or self.precisions) == self.precisions:
+                other = next(word for word in WORDS if Precision.of(word) != self.precisions)
+                raise UserError(
+                    f"--compare {text} is the method itself; compare with another one, such as full, or with it at "
+                    f"another precision: {name}@{other}"
+                )
         if not self.mass and not self.compare:
             raise UserError("--no-mass leaves a measurement of --compare out; add --compare METHOD, or drop it")
         if self.method == "auto" and self.method_options:
@@ -155,6 +184,11 @@ class RunConfig:
     def prompt_style(self) -> PromptStyle:
         """How text becomes a prompt."""
         return PromptStyle(self.template, self.system, self.separator, dict(self.template_args))
+
+    @property
+    def precisions(self) -> Precision:
+        """What ``--precision`` and the flags of its fields say."""
+        return Precision.of(self.precision, weights=self.weights_dtype)
 
     @property
     def yarn_factor(self) -> float | None:
@@ -233,6 +267,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--separator", type=parse_separator, metavar="TEXT", help=r"between document and question (default: \n\n)"
     )
     group.add_argument("--dtype", choices=("bf16", "float32"), help="default: bf16 on GPUs, float32 on CPUs")
+    add_precision(group)
 
     group = parser.add_argument_group("input")
     group.add_argument("--document", metavar="FILE|-", help="UTF-8 text file, or - for standard input")
@@ -332,7 +367,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=arguments.names,
         default=(),
         metavar="METHOD,...",
-        help="run these on the same input too and print what the method changed against each (the receipt)",
+        help="run these on the same input too and print what the method changed against each (the receipt); with "
+        "@bf16 or @fp8 at that precision, such as apb@bf16",
     )
 
     group.add_argument(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from apb_jax.arguments import length, number
 from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
-from apb_jax.options import PLACEMENTS, gpu_memory
+from apb_jax.options import PLACEMENTS, add_precision, gpu_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--placement", choices=PLACEMENTS, default="contiguous")
     parser.add_argument("--batch", type=number(int, 1, 1024), default=1, metavar="N", help="requests at once")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16", help="default: bf16")
+    add_precision(parser)
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line of standard output")
     return parser
 
@@ -62,6 +63,9 @@ def make_plan(args: argparse.Namespace, model: LoadedModel) -> Plan:
     from apb_jax.measure.memory import NEW_TOKENS, QUERY_TOKENS, Case, hypothetical
     from apb_jax.measure.plan import plan
     from apb_jax.mesh import USABLE
+    from apb_jax.precision import FP8, Precision
+    from apb_jax.weights.quantised import refusal as refusal_of_fp8
+    from pallas_kernels.device import HOPPER
 
     positions = model.config.max_positions
     if args.seq > positions:
@@ -79,6 +83,9 @@ def make_plan(args: argparse.Namespace, model: LoadedModel) -> Plan:
             f"nearest legal choice: --gpus {max(1, round(args.gpus / args.tp)) * args.tp}"
         )
     figures, calibration = device_figures(args.gpu, model)
+    fp8 = Precision.of(args.precision, weights=args.weights_dtype).weights == FP8
+    if fp8 and (reason := refusal_of_fp8(model.config, HOPPER, tp=args.tp)):
+        raise UserError(f"{args.model} with fp8 weights: {reason}; nearest legal choice: --weights-dtype model")
     devices, method = args.gpus // args.tp, MethodSpec(args.method)
     case = Case(
         config=model.config,
@@ -91,6 +98,7 @@ def make_plan(args: argparse.Namespace, model: LoadedModel) -> Plan:
         order=args.placement,
         retaining_hidden=model.retaining_hidden,
         folded=model.fold_heads,
+        fp8=fp8 or model.source.fp8,
     )
     limit = int(USABLE * (args.gpu_memory or figures.memory_bytes))
     return plan(case, [hypothetical(tokens)] * args.batch, limit, figures=figures, calibration=calibration)

@@ -105,6 +105,7 @@ class Programs:
     kernels: Kernels
     slices: WeightSlices | None = None
     """Given where query and decoding steps use the weights as slices over ``sp``."""
+    compiler_options: dict[str, Any] | None = None
     compiled: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     choices: dict[str, set[str]] = field(default_factory=dict)
     """Which implementations the ops of all programs so far took."""
@@ -169,7 +170,7 @@ class Programs:
         if key not in self.compiled and key not in self.begun:
             if self.pool is None:
                 self.pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="compile")
-            self.begun[key] = self.pool.submit(compiled, make, args)
+            self.begun[key] = self.pool.submit(compiled, make, args, self.compiler_options)
 
     def call(self, name: str, static: Any, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """Run program ``name``; compile it first where these static settings and shapes are new."""
@@ -178,7 +179,7 @@ class Programs:
             if self.on_compile:
                 self.on_compile(name)
             begun = self.begun.pop(key, None)
-            self.keep(key, (lambda: compiled(make, args)) if begun is None else begun.result)
+            self.keep(key, (lambda: compiled(make, args, self.compiler_options)) if begun is None else begun.result)
         self.compiled.move_to_end(key)
         self.largest = max(self.largest, self.sizes[key])
         return self.compiled[key](*args)
@@ -225,11 +226,13 @@ class Programs:
         return self.call(kind.__name__, (batch, rows, dtype), make, ())
 
 
-def compiled(make: Callable[[], Any], args: tuple[Any, ...]) -> tuple[Any, dict[str, set[str]]]:
+def compiled(
+    make: Callable[[], Any], args: tuple[Any, ...], options: dict[str, Any] | None
+) -> tuple[Any, dict[str, set[str]]]:
     """(the compiled program, which implementations its ops took)."""
     try:
         with record_choices() as chosen:
-            return make().lower(*args).compile(), chosen
+            return make().lower(*args).compile(options), chosen
     except (KernelInputError, Unsupported) as error:
         raise UserError(f"--kernels: {error}; nearest legal choice: --kernels auto") from error
 

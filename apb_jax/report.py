@@ -12,6 +12,7 @@ from apb_jax.engine import Engine
 from apb_jax.files import write_json, write_text
 from apb_jax.generation import Answer
 from apb_jax.measure.plan import planned_bytes
+from apb_jax.precision import Precision
 from apb_jax.session import Session
 
 
@@ -77,16 +78,28 @@ def closing_table(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
     rows = [(row[0][0], *(value for _, value in row)) for row in zip(*cells, strict=True)]
     if len(columns) > 1 and result["correct"] is not None:
         rows.append(("needle", *("found" if column["correct"] else "missed" for column in columns)))
-    return ("", *(column["method"] for column in columns)), rows
+    labels = [column["method"] + at(column, result) for column in columns]
+    return ("", *labels), rows
+
+
+def at(column: dict[str, Any], first: dict[str, Any]) -> str:
+    """A column's precision where it is not the first one's: "@bf16"."""
+    own, other = column["precision"], first["precision"]
+    return "" if own == other else f"@{Precision(**own).word}"
+
+
+def label(method: str, precision: Precision, first: Engine) -> str:
+    """The name of a method run beside ``first``."""
+    return method if precision == first.settings.precision else f"{method}@{precision.word}"
 
 
 def receipts(result: dict[str, Any]) -> list[str]:
     """A sentence per method that was run beside: what the first one changed, and what it gained."""
     return [
-        f"receipt against {other['method']}: prefill {other['speedup']:.2f}x as fast, greedy agreement "
-        f"{other['receipt']['greedy_agreement']:.0%}, top-1 agreement {other['receipt']['top1_agreement']:.0%} over "
-        f"{other['receipt']['rows']} query and answer positions, KL mean {other['receipt']['kl_mean']:.2g} "
-        f"max {other['receipt']['kl_max']:.2g} nats"
+        f"receipt against {other['method']}{at(other, result)}: prefill {other['speedup']:.2f}x as fast, greedy "
+        f"agreement {other['receipt']['greedy_agreement']:.0%}, top-1 agreement "
+        f"{other['receipt']['top1_agreement']:.0%} over {other['receipt']['rows']} query and answer positions, KL mean "
+        f"{other['receipt']['kl_mean']:.2g} max {other['receipt']['kl_max']:.2g} nats"
         for other in result.get("compare", [])
     ]
 
@@ -97,11 +110,12 @@ def markdown(result: dict[str, Any]) -> str:
     options = ", ".join(f"{name}={value}" for name, value in result["method_options"].items()) or "no options"
     mesh = " x ".join(f"{axis}={count}" for axis, count in result["mesh"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    held = ", ".join(filter(None, (result["dtype"], str(Precision(**result["precision"])))))
     cut = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
     lines = [
         f"# {result['model']}: {result['method']} on {result['document_tokens']:,} tokens",
         "",
-        f"{result['method']} ({options}); weights {result['weights']}, {result['dtype']}, kernels {result['kernels']}, "
+        f"{result['method']} ({options}); weights {result['weights']}, {held}, kernels {result['kernels']}, "
         f"template {result['template']}; "
         f"{result['device']}, mesh {mesh}, {result['shards']} shards; {versions}.",
         "",

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apb_jax.command import command
 from apb_jax.errors import UserError
 from apb_jax.files import to_json
-from apb_jax.options import DEFAULT_SEQ, RunConfig, parse
+from apb_jax.options import DEFAULT_SEQ, RunConfig, parse, split_method
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +59,11 @@ def load_model(config: RunConfig) -> LoadedModel:
         raise UserError(f"unknown template {config.template!r}; there are: {', '.join(known)}")
     fold = True if config.fold_heads else None  # None: as the folder has them
     model = load(config.model, weights=config.weights, heads=config.heads, dtype=config.dtype, fold_heads=fold)
+    if model.source.fp8 and (config.precision == "bf16" or config.weights_dtype == "model"):
+        raise UserError(
+            f"the matrices of {model.name} are stored in fp8, which is what runs; drop "
+            f"{'--precision bf16' if config.precision == 'bf16' else '--weights-dtype model'}"
+        )
     if config.yarn_factor is not None:
         return dataclasses.replace(model, config=with_yarn(model.config, config.yarn_factor))
     if config.rope != "string":
@@ -73,7 +79,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     choose_devices(config, console)
     import jax
 
-    from apb_jax import screen
+    from apb_jax import report, screen
     from apb_jax.attention.inputs import Kernels
     from apb_jax.attention.registry import MethodSpec
     from apb_jax.compile_cache import use_compile_cache
@@ -87,7 +93,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.task import make_task, new_tokens
 
     use_compile_cache()
-    others = [MethodSpec(name) for name in config.compare]
+    others = [(MethodSpec(name), precision) for name, precision in map(split_method, config.compare)]
     sampler = Sampler(config.temperature, config.top_p)
     model = load_model(config)
     sp, name = config.sp, config.method
@@ -98,7 +104,6 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     mesh, method = make_mesh(sp, config.tp), MethodSpec(name, method_options(config))
     if jax.default_backend() == "cpu":
         check_host_memory(model.config.parameters * model.dtype.itemsize, mesh.shape[SP])
-    size = f"{model.config.parameters / 1e6:,.1f}M parameters, {model.dtype.name}, kernels {config.kernels}"
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
     settings = Settings(
         kernels=Kernels(None if config.kernels == "auto" else config.kernels),
@@ -108,20 +113,25 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         slice_decode=config.slice_decode,
         bottom_right_query=config.bottom_right_query,
         answers_only=config.session is not None,
+        precision=config.precisions,
     )
     with screen.StageBar(console) as bar:
         engine = Engine(model, method, mesh, settings=settings, progress=bar)
+        held = ", ".join(filter(None, (model.dtype.name, str(engine.settings.precision))))
+        size = f"{model.config.parameters / 1e6:,.1f}M parameters, {held}, kernels {config.kernels}"
         described = f"{size}, {device}, template {engine.template}"
         console.print(f"[bold]apb_jax[/] {config.model}: {described}", highlight=False)
         if config.session is not None or config.save_session is not None:
             return run_session(config, text, engine, console)
         task = make_task(config, text, engine)
     wanted = new_tokens(config, task.prompt, model.config.max_positions)
-    engines = [engine, *map(Beside(engine).of, others)]  # refuses what cannot run before anything runs
+    make = Beside(engine)
+    engines = [engine, *(make.of(spec, at) for spec, at in others)]  # refuses what cannot run before anything runs
+    check_precisions(config, engines)
     for current in engines:
         current.choose([task.prompt])
         current.check_lengths([task.prompt], [task.prompt.query], wanted)
-        check_memory(current, [task.prompt], wanted, config.gpu_memory)
+        check_memory(current, [task.prompt], wanted, config.gpu_memory, beside=engines)
     notes = [*name_notes(config), *task.notes]
     notes += [note for note in (engine.codec and engine.codec.note, model.config.window_note) if note]
     repeat = int(bool(others)) if config.repeat is None else config.repeat
@@ -142,7 +152,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
                     current.listen(bar)
 
                 def starting(current: Engine) -> None:
-                    bar.restart(current.method.name)
+                    bar.restart(report.label(current.method.name, current.settings.precision, engine))
                     if current is not engine:
                         show_method(console, current, asking, [])
 
@@ -153,6 +163,18 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     result |= {"model": config.model, "weights": config.weights or "checkpoint", "seed": config.seed}
     show_result(console, result)
     return result
+
+
+def check_precisions(config: RunConfig, engines: Sequence[Engine]) -> None:
+    """Refuse a comparison with another precision where the files decide it: FP8 weights stay so."""
+    own, *others = engines
+    for text, other in zip(config.compare, others, strict=True):
+        asked = split_method(text)[1]
+        if asked is not None and asked != other.settings.precision:
+            raise UserError(
+                f"--compare {text}: the matrices of {own.model.name} are stored in fp8, which is what runs; "
+                f"nearest legal choice: --compare {text.partition('@')[0]}@fp8"
+            )
 
 
 def name_notes(config: RunConfig) -> list[str]:

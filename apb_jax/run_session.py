@@ -60,6 +60,7 @@ def run_session(config: RunConfig, text: str | None, engine: Engine, console: Co
     for note in session.notes:
         console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
     result = told | {"model": config.model, "method": session.method.name, "notes": list(session.notes)}
+    result["precision"] = dataclasses.asdict(engine.settings.precision)
     result["document_tokens"] = [len(prompt.document) for prompt in session.prompts]
     result["prefill_s"] = session.prefill_s
     return result if config.query is None else result | _answer(config, session, console)

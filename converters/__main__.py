@@ -1,4 +1,4 @@
-"""``python -m converters``: hf, gguf, heads, export, inspect."""
+"""``python -m converters``: hf, gguf, quantize, heads, export, inspect."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ def parser() -> Parser:
     gguf.add_argument("--out", type=Path, required=True, metavar="DIR")
     gguf.add_argument("--dtype", type=DTYPE, help="bf16 or float32; default: every value is kept")
 
+    quantize = commands.add_parser("quantize", help="an HF folder into an FP8-dynamic checkpoint: half the bytes")
+    quantize.add_argument("source", metavar="IN", help="folder or hub id (owner/name)")
+    quantize.add_argument("--out", type=Path, required=True, metavar="DIR")
+
     heads = commands.add_parser("heads", help="retaining heads into a safetensors file, names and values kept")
     heads.add_argument("source", metavar="SRC", help="torch .bin, safetensors file (also a whole model), or hub id")
     heads.add_argument("--out", type=Path, required=True, metavar="FILE")
@@ -68,7 +72,8 @@ def main(argv: list[str]) -> None:
     """Run one command; 0, or 2 with one line on stderr when the input is at fault."""
     args = parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    {"hf": _hf, "gguf": _gguf, "heads": _heads, "export": _export, "inspect": _inspect}[args.command](args)
+    run = {"hf": _hf, "gguf": _gguf, "quantize": _quantize, "heads": _heads, "export": _export, "inspect": _inspect}
+    run[args.command](args)
 
 
 class _Bar:
@@ -135,6 +140,15 @@ def _gguf(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     with _Bar("writing") as bar:
         done = convert_gguf(args.source, args.out, dtype=args.dtype, progress=bar)
+    _report("wrote", done.folder, done.bytes, done.parameters, start)
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from converters.quantize import quantize
+
+    start = time.perf_counter()
+    with _Bar("writing") as bar:
+        done = quantize(args.source, args.out, progress=bar)
     _report("wrote", done.folder, done.bytes, done.parameters, start)
 
 

@@ -72,6 +72,8 @@ def convert_model(
     model = load(source, heads=heads, dtype=dtype or _file_dtype(source, heads))
     if not isinstance(model.source, HFFolder):
         raise UserError(f"{source} is a converted folder already; give the HF folder or hub id it came from")
+    if model.source.fp8:
+        raise UserError(f"{source} is an FP8 checkpoint, which loads as it is; convert the unquantised one")
     assert model.folder is not None  # an HFFolder has one
     if is_gguf(model.folder):
         raise UserError(f"{source} is a GGUF file; `python -m converters gguf` makes the HF folder to convert")

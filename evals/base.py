@@ -14,6 +14,7 @@ import numpy as np
 
 from apb_jax.errors import UserError
 from apb_jax.joining import Joining
+from apb_jax.precision import Precision
 
 
 class EvalError(UserError):
@@ -153,6 +154,8 @@ class SystemSpec:
     """Tokens of the longest prompt: what method "auto" is chosen for."""
     joining: Joining = field(default_factory=Joining)
     """How this process joins a run of several."""
+    precision: Precision = field(default_factory=Precision)
+    """In which types the engine holds and multiplies."""
 
 
 class Task(Protocol):

@@ -14,7 +14,8 @@ from apb_jax.command import Parser, command
 from apb_jax.files import read_json, read_text, write_text
 from apb_jax.joining import Joining
 from apb_jax.json_text import parse_json
-from apb_jax.options import add_joining
+from apb_jax.options import add_joining, add_precision
+from apb_jax.precision import Precision
 from apb_jax.synthetic.packaged import NOVEL
 from evals.base import EvalError, Generator, LogProbs, SystemSpec, Task, require_choice
 from evals.datahelp import WHERE
@@ -137,6 +138,7 @@ def _benchmark(commands, name: str, text: str, run: Callable) -> argparse.Argume
     parser.add_argument("--weights", help="folder of other weights, or 'random'")
     parser.add_argument("--heads", help="file with retaining heads")
     parser.add_argument("--dtype", type=one_of(("bf16", "float32")), help="bf16 or float32")
+    add_precision(parser)
     parser.add_argument(
         "--sp", type=shards, help="devices along the sequence (default: all GPUs; without a GPU as apb_jax.run)"
     )
@@ -163,7 +165,8 @@ def _spec(args: argparse.Namespace) -> SystemSpec:
             raise EvalError(f"--set {item!r}: expected METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
         options.setdefault(found.group(1), {})[found.group(2)] = _value(found.group(3))
     joining = Joining(args.coordinator, args.processes, args.process)
-    where = (args.sp, args.tp, args.shards, max(args.seq), joining)
+    precision = Precision.of(args.precision, weights=args.weights_dtype)
+    where = (args.sp, args.tp, args.shards, max(args.seq), joining, precision)
     return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, *where)
 
 

@@ -10,6 +10,7 @@ from apb_jax.attention.registry import MethodSpec
 from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.mesh import SP, make_mesh
+from apb_jax.precision import Precision
 
 
 @dataclass
@@ -22,12 +23,15 @@ class Beside:
     first: Engine
     _single: Engine | None = field(default=None, init=False, repr=False)
 
-    def of(self, spec: MethodSpec) -> Engine:
-        """Raises UserError where the method cannot serve the model or mesh."""
-        first = self.first
+    def of(self, spec: MethodSpec, precision: Precision | None = None) -> Engine:
+        """``precision``: another one than the first engine's, on weights of its own.
+
+        Raises UserError where the method cannot serve the model or mesh."""
+        first, changes = self.first, {} if precision is None else {"precision": precision}
         alone = first.mesh.shape[SP] == 1 and first.settings.shards in (None, 1)
         if spec.can.max_shards != 1 or alone:
-            return first.with_method(spec, shards=spec.shards_on(first.mesh.shape[SP], first.settings.shards))
+            shards = spec.shards_on(first.mesh.shape[SP], first.settings.shards)
+            return first.with_method(spec, shards=shards, **changes)
         if jax.process_count() > 1:
             raise UserError(
                 f"method {spec.name!r} runs on one device and cannot stand beside {jax.process_count()} processes; "
@@ -36,4 +40,4 @@ class Beside:
         if self._single is None:
             settings = replace(first.settings, shards=None, slice_decode=False)
             self._single = Engine(first.model, spec, make_mesh(1), settings=settings, beside=first)
-        return self._single.with_method(spec)
+        return self._single.with_method(spec, **changes)

@@ -50,6 +50,7 @@ def choose(
             shards=spec.shards_on(count),
             retaining_hidden=model.retaining_hidden,
             folded=model.fold_heads,
+            fp8=model.fp8,
         )
         return longest_document(case, limit, query_tokens, new_tokens)
 

@@ -21,7 +21,7 @@ from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import CHUNK_ROWS
-from apb_jax.model.weights import head_facts, weights_of
+from apb_jax.model.weights import head_facts, weight_facts, weights_of
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -51,6 +51,8 @@ class Case:
     order: str = "contiguous"
     retaining_hidden: int | None = None
     folded: bool = False
+    fp8: bool = False
+    """Whether the layers' matrices are held in e4m3."""
     query_at: int = 0
 
     @classmethod
@@ -68,6 +70,7 @@ class Case:
             order=settings.placement,
             retaining_hidden=model.retaining_hidden,
             folded=model.fold_heads,
+            fp8=model.fp8,
             query_at=setup.query_at,
         )
 
@@ -118,16 +121,17 @@ def weight_bytes(case: Case) -> int:
     """Weights of one device: replicated over the sequence axis, split over ``tp`` as the table of weights says."""
     config, heads = case.config, case.retaining_hidden
     sizes = config.sizes(heads)
-    values = 0
-    for weight in weights_of(config.facts | head_facts(heads, case.folded)):
+    total = 0
+    for weight in weights_of(config.facts | head_facts(heads, case.folded) | weight_facts(case.fp8)):
         copies = config.num_layers if weight.stacked else 1
-        values += copies * math.prod(weight.shape(sizes)) // (case.tp if weight.split else 1)
-    return values * case.itemsize
+        values = copies * math.prod(weight.shape(sizes)) // (case.tp if weight.split else 1)
+        total += values * weight.itemsize(case.itemsize)
+    return total
 
 
 def layer_weight_bytes(case: Case) -> int:
     """One layer's matrices, which a scan over layers copies out of their stacks."""
-    return case.config.layer_parameters // case.tp * case.itemsize
+    return case.config.layer_parameters // case.tp * (1 if case.fp8 else case.itemsize)
 
 
 def activation_moments(case: Case, rows: int, *, scored: bool) -> dict[str, dict[str, int]]:
@@ -141,8 +145,11 @@ def activation_moments(case: Case, rows: int, *, scored: bool) -> dict[str, dict
     chunk = min(rows, CHUNK_ROWS) * item
     hidden = {"scorer_hidden": row * case.retaining_hidden} if scored and case.retaining_hidden else {}
     projected = {"q_k_v": row * (q + 2 * kv), **hidden}
+    narrow = {"quantised_rows": rows * config.hidden_size} if case.fp8 else {}
+    widths = 2 * config.hidden_size + 3 * config.intermediate_size // tp
+    narrow_chunk = min(rows, CHUNK_ROWS) * config.intermediate_size // tp if case.fp8 else 0
     return {
-        "qkv": {"normed_rows": row * config.hidden_size, **projected},
+        "qkv": {"normed_rows": row * config.hidden_size, **narrow, **projected},
         "rotation": {"rotated_q_k": row * (q + kv), **projected},
         "attention": {
             "rotated_q_k": row * (q + kv),
@@ -153,7 +160,7 @@ def activation_moments(case: Case, rows: int, *, scored: bool) -> dict[str, dict
         },
         "mlp": {
             "attention_out": row * q,
-            "mlp_chunk": chunk * (2 * config.hidden_size + 3 * config.intermediate_size // tp),
+            "mlp_chunk": chunk * widths + narrow_chunk,
         },
     }
 

@@ -10,8 +10,20 @@ from apb_jax.attention.inputs import Prompt
 from apb_jax.errors import UserError
 from apb_jax.measure.auto import Calibration
 from apb_jax.measure.devices import DeviceFigures, memory_limit
-from apb_jax.measure.memory import NEW_TOKENS, QUERY_TOKENS, Case, Memory, hypothetical, memory_for, memory_of
+from apb_jax.measure.memory import (
+    NEW_TOKENS,
+    QUERY_TOKENS,
+    Case,
+    Memory,
+    hypothetical,
+    memory_for,
+    memory_of,
+    weight_bytes,
+)
 from apb_jax.measure.seconds import Expected, expected
+from apb_jax.precision import FP8, MODEL
+from apb_jax.weights.quantised import refusal as refusal_of_fp8
+from pallas_kernels.device import HOPPER
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -60,6 +72,7 @@ class Plan:
             "tp": self.case.tp,
             "shards": self.shards,
             "document_tokens": self.document_tokens,
+            "weights_dtype": FP8 if self.case.fp8 else MODEL,
             "fits": self.fits,
             "bytes_per_device": self.memory.bytes_per_device,
             "limit_bytes": self.limit,
@@ -121,7 +134,10 @@ def remedies(case: Case, document_tokens: int, limit: int, longest: int, asked: 
 
     powers = [2**n for n in range(1, MOST_DEVICES.bit_length())]
     shards = case.placement.shards
+    fp8 = replace(case, fp8=True)
+    narrow = not case.fp8 and refusal_of_fp8(case.config, HOPPER, tp=case.tp) is None and helps(fp8)
     found = [] if case.itemsize == 2 or not helps(replace(case, itemsize=2)) else ["--dtype bf16"]
+    found += ["--weights-dtype fp8"] if narrow else []
     if not case.method.can.exact:
         found += first("--shards", [shards * n for n in (2, 4)], lambda n: replace(case, shards=n))
     more = [n for n in powers if n > case.devices]
@@ -179,15 +195,24 @@ def refusal_of(found: Plan) -> str:
     )
 
 
-def check_memory(engine: Engine, prompts: Sequence[Prompt], new_tokens: int, limit: int | None = None) -> None:
+def check_memory(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    limit: int | None = None,
+    beside: Sequence[Engine] = (),
+) -> None:
     """Refuse requests that the engine's devices cannot hold, before a weight is read.
 
-    ``limit``: bytes a device; None: what the devices say, and nothing is refused where they do not.
+    ``limit``: bytes a device; None: what the devices say, and nothing is refused where they do not. ``beside``: engines
+    of the same process; weights that they hold at another precision take from the limit.
     """
     limit = memory_limit(engine.mesh.devices.flat) if limit is None else limit
     if limit is None:
         return
     case = Case.of(engine)
+    others = {one.model.fp8: Case.of(one) for one in beside if one.model.fp8 != engine.model.fp8}
+    limit -= sum(weight_bytes(other) for other in others.values())
     method, layout = case.chosen(prompts)
     asked = (max(len(prompt.query) for prompt in prompts), new_tokens)
     if memory_of(case, method, layout, *asked).bytes_per_device > limit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.inputs import LayerInputs
 from apb_jax.model.config import LayerSpec, ModelConfig
 from apb_jax.model.heads import FoldedRetainingHead, RetainingHead
+from apb_jax.model.products import Fp8Matrix, Matrix, project, project_all
 from apb_jax.model.slices import WeightSlices
-from apb_jax.model.stacked import StackedMatrix, multiply
-from apb_jax.model.weights import head_facts, weights_of
+from apb_jax.model.weights import LAYERS, QUANTISED, head_facts, weights_of
 from apb_jax.rope.base import Rope
+from pallas_kernels.float8 import quantise
 
 CHUNK_ROWS = 8192
 """Rows that go through the products behind the attention at once: enough for the matrix units, few in memory."""
@@ -59,15 +60,6 @@ def rms_norm(x: Float[Array, "*rows E"], weight: Float[Array, " E"], eps: float)
     return wide.astype(x.dtype) * weight
 
 
-def project(x: Float[Array, "B S I"], weight: Float[Array, "I O"]) -> Float[Array, "B S O"]:
-    """x @ weight, written in the dtype of x; float32 inputs are multiplied as float32 (no TF32).
-
-    Matrix units add up in float32 whatever they write; asking for a float32 result here would write that to memory.
-    """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, weight, precision=precision, preferred_element_type=x.dtype)
-
-
 def over_chunks(function: Callable[..., Float[Array, "1 R E"]], x: Float[Array, "B S E"], *others: Array) -> Array:
     """``function`` of rows of ``x`` and ``others``, CHUNK_ROWS or fewer at a time, written into ``x``.
 
@@ -97,16 +89,6 @@ def over_chunks(function: Callable[..., Float[Array, "1 R E"]], x: Float[Array, 
     return flat.reshape(x.shape)
 
 
-def project_all(
-    x: Float[Array, "B S I"], weights: Sequence[nnx.Param], slices: WeightSlices | None, *, rows: bool = False
-) -> list[Float[Array, "B S O"]]:
-    """``project`` with each of ``weights``; with ``slices`` with this member's columns, or ``rows``, of each."""
-    matrices = [weight.get_value() for weight in weights]
-    if isinstance(matrices[0], StackedMatrix):
-        return multiply(x, matrices, slices, rows=rows)
-    return [project(x, slices.part(matrix, 0 if rows else 1) if slices else matrix) for matrix in matrices]
-
-
 class DecoderLayers(nnx.Module):
     """All decoder layers, each weight of the table stacked on a leading layer axis; matrices are [L, in, out]."""
 
@@ -123,13 +105,26 @@ class DecoderLayers(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
         folded_heads: bool = False,
+        fp8: bool = False,
     ) -> None:
         self.config = config
         sizes = config.sizes(retaining_hidden)
         for weight in weights_of(config.facts | head_facts(retaining_hidden, folded_heads)):
-            if weight.stacked:
-                shape = (config.num_layers, *weight.shape(sizes))
-                setattr(self, weight.name, nnx.Param(weight.initial(shape, rngs.params, dtype)))
+            if not weight.stacked:
+                continue
+            initial = weight.initial((config.num_layers, *weight.shape(sizes)), rngs.params, dtype)
+            if fp8 and weight.path in QUANTISED:
+                for row, array in zip(QUANTISED[weight.path], quantise(initial.swapaxes(-1, -2)), strict=True):
+                    setattr(self, row.name, nnx.Param(array[..., 0] if row.kind == "scale" else array))
+            else:
+                setattr(self, weight.name, nnx.Param(initial))
+
+    def matrices(self, *names: str) -> list[Matrix]:
+        """Projections of this module's layer slice, in 8 bits where the model holds them so."""
+        if hasattr(self, names[0]):
+            return [getattr(self, name).get_value() for name in names]
+        rows = [[getattr(self, row.name).get_value() for row in QUANTISED[LAYERS + name]] for name in names]
+        return [Fp8Matrix(values, scale) for values, scale in rows]
 
     def retaining_head(self, h: Float[Array, "B S E"]) -> RetainingHead | FoldedRetainingHead | None:
         """The heads of this module's layer slice (None: the model has none); ``h``: what q, k, v are made from."""
@@ -165,7 +160,7 @@ class DecoderLayers(nnx.Module):
 
         with jax.named_scope("qkv"):
             h = rms_norm(x, self.attention_norm[...], eps)
-            q, k, v = project_all(h, (self.q, self.k, self.v), slices)
+            q, k, v = project_all(h, self.matrices("q", "k", "v"), slices)
             q, k, v = slices.whole([q, k, v]) if slices else (q, k, v)
             if self.config.qkv_bias:
                 q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
@@ -181,10 +176,10 @@ class DecoderLayers(nnx.Module):
         def behind_attention(x: Float[Array, "B S E"], flat: Float[Array, "B S HD"]) -> Float[Array, "B S E"]:
             with jax.named_scope("o_proj"):
                 flat = slices.part(flat, 2) if slices else flat
-                x = x + reduce(*project_all(flat, (self.o,), slices, rows=True))
+                x = x + reduce(*project_all(flat, self.matrices("o"), slices, rows=True))
             with jax.named_scope("mlp"):
                 h = rms_norm(x, self.mlp_norm[...], eps)
-                gate, up = project_all(h, (self.gate, self.up), slices)
-                return x + reduce(*project_all(jax.nn.silu(gate) * up, (self.down,), slices, rows=True))
+                gate, up = project_all(h, self.matrices("gate", "up"), slices)
+                return x + reduce(*project_all(jax.nn.silu(gate) * up, self.matrices("down"), slices, rows=True))
 
         return over_chunks(behind_attention, x, out.reshape(*out.shape[:2], -1)), carry

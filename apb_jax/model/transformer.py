@@ -32,10 +32,12 @@ class Transformer(nnx.Module):
         dtype: Any = jnp.bfloat16,
         rngs: nnx.Rngs,
         folded_heads: bool = False,
+        fp8: bool = False,
     ) -> None:
         """Random weights; ``retaining_hidden``: width of the retaining heads' fc1, None for none.
 
-        ``folded_heads``: fc1 is folded into the projections (``apb_jax/weights/folding.py``).
+        ``folded_heads``: fc1 is folded into the projections (``apb_jax/weights/folding.py``). ``fp8``: the layers'
+        matrices are quantised, those of the same seed otherwise.
         """
         self.config = config
 
@@ -45,7 +47,7 @@ class Transformer(nnx.Module):
 
         self.embedding = param("embedding")
         self.layers = DecoderLayers(
-            config, retaining_hidden=retaining_hidden, dtype=dtype, rngs=rngs, folded_heads=folded_heads
+            config, retaining_hidden=retaining_hidden, dtype=dtype, rngs=rngs, folded_heads=folded_heads, fp8=fp8
         )
         self.norm = param("norm")
         if not config.tie_embeddings:

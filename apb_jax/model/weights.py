@@ -9,6 +9,7 @@ W = QD + 2 KD, F width of the retaining heads. Ours are input-major; a layer's w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-Kind = Literal["embedding", "head", "norm", "matrix", "bias", "scorer"]
-"""matrix: a projection of every decoder, [in, out]; scorer: a matrix of the retaining heads."""
+from pallas_kernels.float8 import FP8
+
+Kind = Literal["embedding", "head", "norm", "matrix", "bias", "scorer", "fp8", "scale"]
+"""matrix: a projection of every decoder, [in, out]; scorer: a matrix of the retaining heads.
+
+fp8: a matrix in e4m3, output-major as tensor cores and HF have it, [out, in]; scale: float32, one for each output.
+"""
 
 EMBEDDING_SCALE = 0.02
+FP8_WEIGHTS = "fp8"
+"""The fact of a model whose matrices are quantised."""
 LAYERS = "layers."
 QKV_COLUMNS = ("QD", "KD", "KD")
 
@@ -75,6 +83,23 @@ class Weight:
         axes = [tp_axis if letter == self.split else None for letter in self.letters]
         return PartitionSpec(*[None] * self.stacked, *axes)
 
+    def quantised(self) -> tuple[Weight, Weight]:
+        """The two rows that take this matrix's place in a model with ``FP8_WEIGHTS``; FP8 checkpoints have them."""
+        inputs, outputs = self.letters
+        scale_split = self.split if self.split == outputs else None
+        return (
+            Weight(f"{self.path}_fp8", (outputs, inputs), "fp8", self.split, self.hf, self.needs),
+            Weight(f"{self.path}_scale", (outputs,), "scale", scale_split, f"{self.hf}_scale", self.needs),
+        )
+
+    def dtype(self, model: Any) -> Any:
+        """The type it is held in, where the model's is ``model``."""
+        return {"fp8": FP8, "scale": jnp.dtype(jnp.float32)}.get(self.kind, jnp.dtype(model))
+
+    def itemsize(self, model: int) -> int:
+        """Bytes of a value, where one of the model's own dtype has ``model``."""
+        return {"fp8": 1, "scale": 4}.get(self.kind, model)
+
     def initial(self, shape: tuple[int, ...], key: Callable[[], Array], dtype: Any) -> Array:
         """Random values: norms 1, biases 0, matrices of variance 1 / inputs, embedding and head of deviation 0.02."""
         if self.kind == "norm":
@@ -120,14 +145,19 @@ WEIGHTS = (
 )
 """In the order of initialisation; the embedding comes before all layers, norm and head behind them."""
 
-BY_PATH = {weight.path: weight for weight in WEIGHTS}
-MATRICES = frozenset(weight.name for weight in WEIGHTS if weight.kind == "matrix")
+QUANTISED = {weight.path: weight.quantised() for weight in WEIGHTS if weight.kind == "matrix"}
+"""Path of a matrix -> its rows in 8 bits: values, scale."""
+BY_PATH = {weight.path: weight for weight in (*WEIGHTS, *itertools.chain(*QUANTISED.values()))}
+MATRICES = frozenset(weight.name for weight in BY_PATH.values() if weight.kind in ("matrix", "fp8"))
 """Names of the layers' projections: what a decoding step reads most of, and may be read in slices or in place."""
 
 
 def weights_of(facts: frozenset[str]) -> tuple[Weight, ...]:
     """The rows that a model with these facts has."""
-    return tuple(weight for weight in WEIGHTS if weight.needs <= facts)
+    rows = (weight for weight in WEIGHTS if weight.needs <= facts)
+    if FP8_WEIGHTS not in facts:
+        return tuple(rows)
+    return tuple(part for weight in rows for part in QUANTISED.get(weight.path, (weight,)))
 
 
 def head_facts(retaining_hidden: int | None, folded: bool = False) -> frozenset[str]:
@@ -135,6 +165,11 @@ def head_facts(retaining_hidden: int | None, folded: bool = False) -> frozenset[
     if not retaining_hidden:
         return frozenset()
     return frozenset({"heads", "folded" if folded else "unfolded"})
+
+
+def weight_facts(fp8: bool) -> frozenset[str]:
+    """The facts that the precision of the matrices adds."""
+    return frozenset({FP8_WEIGHTS} if fp8 else ())
 
 
 def count(weights: tuple[Weight, ...], sizes: Mapping[str, int]) -> int:

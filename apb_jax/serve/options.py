@@ -11,7 +11,7 @@ from apb_jax.arguments import number, size
 from apb_jax.command import Parser
 from apb_jax.errors import UserError
 from apb_jax.files import read_text
-from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _setting
+from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _setting, add_precision
 from apb_jax.prompt.style import parse_separator, parse_template_arg
 
 DEFAULT = "default"
@@ -77,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--separator", type=parse_separator, metavar="TEXT", help=r"between document and question (default: \n\n)"
     )
     group.add_argument("--dtype", choices=("bf16", "float32"), help="default: bf16 on GPUs, float32 on CPUs")
+    add_precision(group)
 
     group = parser.add_argument_group("mesh and method")
     group.add_argument(
@@ -135,7 +136,10 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None = None) -> ServeConfig:
     """A ServeConfig from a command line; UserError for what is wrong with it."""
     given: dict[str, Any] = vars(make_parser().parse_args(argv))
-    names = "model weights heads template system separator dtype sp tp shards placement slice_decode kernels".split()
+    names = (
+        "model weights heads template system separator dtype precision weights_dtype sp tp shards placement "
+        "slice_decode kernels"
+    ).split()
     run = RunConfig(
         method=given.pop("method") or DEFAULT, options=tuple(given.pop("set")),
         template_args=tuple(given.pop("template_args")),

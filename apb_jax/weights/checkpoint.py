@@ -22,11 +22,13 @@ from apb_jax.weights.folding import fold, why_not
 from apb_jax.weights.generation_config import read_stop_ids
 from apb_jax.weights.gguf_file import read_gguf
 from apb_jax.weights.gguf_header import is_gguf
-from apb_jax.weights.hf_folder import HEADS_FILE, read_config, read_entries
+from apb_jax.weights.hf_folder import HEADS_FILE, read_config, read_entries, read_json
 from apb_jax.weights.locate import Located, cached_heads, is_orbax, locate, locate_heads
 from apb_jax.weights.manifest import check_sizes, read_manifest
 from apb_jax.weights.mapping import RETAINING_HEADS, Rule, check, rules_for, sizes_of
 from apb_jax.weights.orbax_folder import check_parameters, restore
+from apb_jax.weights.published_fp8 import flattened, is_fp8
+from apb_jax.weights.quantised import check_scales, dequantise_matrix, quantise_matrix, wide_sharding, without
 from apb_jax.weights.retaining_heads import check_heads, read_heads, split_heads
 from apb_jax.weights.safetensors_header import TensorEntry
 from apb_jax.weights.stream import Progress, stream
@@ -45,6 +47,7 @@ DTYPES = {
 }
 PUBLISHED_HIDDEN = 1024
 """Width of fc1 in every published set of retaining heads (APB 7.7)."""
+QKV = ("layers.q", "layers.k", "layers.v")
 PRESET_SIZES = (
     "family", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
 )  # fmt: skip
@@ -56,6 +59,11 @@ class WeightSource(Protocol):
     @property
     def folded(self) -> bool:
         """Whether it holds folded retaining heads ready made."""
+        ...
+
+    @property
+    def fp8(self) -> bool:
+        """Whether it holds the layers' matrices in e4m3 with a scale an output."""
         ...
 
     def place(
@@ -76,6 +84,8 @@ class LoadedModel:
     folder: Path | None
     fold_heads: bool = False
     """Whether the retaining heads are folded into the QKV projections (same scores, less work)."""
+    fp8: bool = False
+    """Whether the layers' matrices are held in e4m3 with a scale an output."""
     stop_ids: tuple[int, ...] = ()
     """Ids that end an answer by ``generation_config.json``."""
 
@@ -91,6 +101,7 @@ class LoadedModel:
             dtype=self.dtype,
             rngs=nnx.Rngs(seed),
             folded_heads=self.fold_heads,
+            fp8=self.fp8,
         )
 
     def graph(self) -> nnx.GraphDef:
@@ -135,14 +146,26 @@ class LoadedModel:
             arrays = self.source.place(self, shardings, progress)
             check_finite(arrays, self.name)
         else:
-            plain = replace(self, fold_heads=False)
-            arrays = plain.source.place(plain, plain.shardings(mesh), progress)
-            check_finite(arrays, self.name)
-            arrays |= fold(arrays, self.shapes(), shardings)
+            arrays = self._folded(mesh, shardings, progress)
+        check_scales(arrays, self.name)
         state = self._abstract[1]
         return nnx.from_flat_state(
             [(path, leaf.replace(arrays[_path(path)])) for path, leaf in nnx.to_flat_state(state)]
         )
+
+    def _folded(self, mesh: Mesh | None, shardings: dict[str, Sharding], progress: Progress | None) -> dict[str, Any]:
+        """Weights with folded heads: q, k and v are quantised behind the folding, unless they were stored so."""
+        plain = replace(self, fold_heads=False)
+        targets = plain.shardings(mesh)
+        quantising = QKV if self.fp8 and not self.source.fp8 else ()
+        arrays = plain.source.place(plain, without(targets, quantising), progress)
+        check_finite(arrays, self.name)
+        wide = {path: dequantise_matrix(path, arrays, self.dtype, wide_sharding(path, targets)) for path in QKV
+                if path not in arrays}  # fmt: skip
+        arrays |= fold(arrays | wide, self.shapes(), shardings)
+        for path in quantising:
+            arrays |= dict(quantise_matrix(path, arrays.pop(path), targets))
+        return arrays
 
 
 @dataclass(frozen=True)
@@ -151,6 +174,7 @@ class RandomWeights:
 
     seed: int = 0
     folded: bool = True
+    fp8: bool = False
 
     def place(
         self, model: LoadedModel, shardings: dict[str, Sharding], progress: Progress | None
@@ -167,14 +191,18 @@ class HFFolder:
     path: Path
     entries: dict[str, TensorEntry]
     folded: bool = False
+    fp8: bool = False
 
     @classmethod
     def open(cls, path: Path, heads: Path | None) -> tuple[HFFolder, ModelConfig, int | None]:
         """(source, configuration, width of the retaining heads): every header against every rule."""
+        fp8 = False
         if is_gguf(path):
             found, config, _ = read_gguf(path)
         else:
             found, config = read_entries(path), read_config(path)
+            fp8 = is_fp8(read_json(path / "config.json"))
+            found = flattened(found) if fp8 else found
         entries, own_heads = split_heads(found)
         head_entries = read_heads(heads) if heads else own_heads
         hidden = check_heads(head_entries, config) if head_entries else None
@@ -183,12 +211,12 @@ class HFFolder:
             entries = without_equal_head(entries)
         check(
             entries,
-            rules_for(config, hidden),
+            rules_for(config, hidden, fp8=fp8),
             family=config.family,
             sizes=sizes_of(config, hidden),
             num_layers=config.num_layers,
         )
-        return cls(path, entries), config, hidden
+        return cls(path, entries, fp8=fp8), config, hidden
 
     @property
     def files(self) -> list[Path]:
@@ -204,7 +232,7 @@ class HFFolder:
         self, model: LoadedModel, shardings: dict[str, Sharding], progress: Progress | None
     ) -> dict[str, jax.Array]:
         """Read the files, a few layers at a time."""
-        rules = rules_for(model.config, model.retaining_hidden)
+        rules = rules_for(model.config, model.retaining_hidden, fp8=self.fp8)
         return _stream(self.entries, rules, model, shardings, progress)
 
 
@@ -215,6 +243,7 @@ class OrbaxFolder:
     path: Path
     heads: dict[str, TensorEntry] | None = None
     folded: bool = False
+    fp8: bool = False
 
     @classmethod
     def open(cls, path: Path, heads: Path | None) -> tuple[OrbaxFolder, ModelConfig, int | None]:
@@ -234,12 +263,15 @@ class OrbaxFolder:
         self, model: LoadedModel, shardings: dict[str, Sharding], progress: Progress | None
     ) -> dict[str, jax.Array]:
         """Restore straight into the shardings, whatever mesh the folder was converted on."""
-        shapes = model.shapes()
-        if self.heads is None:
-            return dict(restore(self.path, shapes, shardings, progress))
-        rules = {rule.path: rule for rule in RETAINING_HEADS}
+        shapes = replace(model, fp8=False).shapes()
+        rules = {rule.path: rule for rule in RETAINING_HEADS} if self.heads else {}
         own = {path: shape for path, shape in shapes.items() if path not in rules}
-        arrays = dict(restore(self.path, own, shardings, progress))
+        wide = {path: wide_sharding(path, shardings) for path in own}
+        arrays: dict[str, jax.Array] = {}
+        for path, array in restore(self.path, own, wide, progress):
+            arrays |= {path: array} if path in shardings else dict(quantise_matrix(path, array, shardings))
+        if self.heads is None:
+            return arrays
         return arrays | _stream(self.heads, RETAINING_HEADS, model, shardings, None)
 
 
@@ -320,6 +352,7 @@ def load(
         tokenizer=load_tokenizer(folder) if folder else None,
         folder=folder,
         fold_heads=stored if fold_heads is None else fold_heads,
+        fp8=source.fp8,
         stop_ids=read_stop_ids(folder) if folder and folder.is_dir() else (),
     )
 

@@ -9,6 +9,7 @@ from apb_jax.errors import UserError
 from apb_jax.json_text import parse_json
 from apb_jax.model.config import ModelConfig
 from apb_jax.weights.mapping import RECOMPUTED, collect
+from apb_jax.weights.published_fp8 import KEY, is_fp8
 from apb_jax.weights.safetensors_header import TensorEntry, read_header
 
 HEADS_FILE = "retaining_heads.safetensors"
@@ -30,7 +31,8 @@ def read_config(folder: Path) -> ModelConfig:
     settings = read_json(folder / "config.json")
     if not isinstance(settings, dict):
         raise UserError(f"{folder / 'config.json'} holds a {type(settings).__name__}, not an object")
-    return ModelConfig.from_hf(settings)
+    kept = {name: value for name, value in settings.items() if name != KEY} if is_fp8(settings) else settings
+    return ModelConfig.from_hf(kept)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

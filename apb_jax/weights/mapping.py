@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from apb_jax.errors import UserError
 from apb_jax.model.config import ModelConfig
-from apb_jax.model.weights import WEIGHTS, Weight, head_facts, weights_of
+from apb_jax.model.weights import BY_PATH, WEIGHTS, Weight, head_facts, weight_facts, weights_of
 
 
 class UnmappedTensor(UserError):
@@ -42,6 +42,7 @@ class WrongDtype(UserError):
 
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
+FP8_DTYPES = ("F8_E4M3",)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Rule:
     def pattern(self) -> re.Pattern[str]:
         """Matches every HF name of this rule; group ``layer`` is the layer index."""
         return re.compile(re.escape(self.hf).replace(re.escape("{layer}"), r"(?P<layer>\d+)"))
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """In which its tensors may come."""
+        return FP8_DTYPES if BY_PATH[self.path].kind == "fp8" else WEIGHT_DTYPES
 
     def names(self, num_layers: int) -> tuple[str, ...]:
         """The HF names this rule reads, layer by layer."""
@@ -122,6 +128,10 @@ REASONS = (
         re.compile(r"\.(qweight|qzeros|g_idx|scales|weight_scale|weight_packed|absmax|quant_map)\b|SCB"),
         "the checkpoint is quantised",
     ),
+    (
+        re.compile(r"\.(input_scale|[kv]_scale|output_scale)$"),
+        "static activation scales are not computed with: take an FP8-dynamic checkpoint",
+    ),
     (re.compile(r"lora_[AB]"), "this is a LoRA adapter; merge it into its base model first"),
     (re.compile(r"^(layers|tok_embeddings|output)\b"), "these are Meta's or Mistral's own names, not the HF ones"),
 )
@@ -149,9 +159,13 @@ def sizes_of(config: ModelConfig, retaining_hidden: int | None) -> dict[str, int
     return config.sizes(retaining_hidden)
 
 
-def rules_for(config: ModelConfig, retaining_hidden: int | None = None) -> tuple[Rule, ...]:
-    """The rules that a model of this configuration needs, in the table's order; heads unfolded, as files hold them."""
-    return tuple(Rule.of(weight) for weight in weights_of(config.facts | head_facts(retaining_hidden)) if weight.hf)
+def rules_for(config: ModelConfig, retaining_hidden: int | None = None, *, fp8: bool = False) -> tuple[Rule, ...]:
+    """The rules that a model of this configuration needs, in the table's order; heads unfolded, as files hold them.
+
+    ``fp8``: of a checkpoint whose matrices are e4m3 with scales.
+    """
+    facts = config.facts | head_facts(retaining_hidden) | weight_facts(fp8)
+    return tuple(Rule.of(weight) for weight in weights_of(facts) if weight.hf)
 
 
 def collect(tensors: Iterable[T]) -> dict[str, T]:
@@ -190,10 +204,11 @@ def check(
                 f"tensor {name!r} in {tensor.file} has shape {tuple(tensor.shape)}; config.json demands {shape}; "
                 f"rule: {rule}"
             )
-        if tensor.dtype not in WEIGHT_DTYPES:
+        if tensor.dtype not in rule.dtypes:
+            left = "; a checkpoint that leaves layers unquantised is not computed" if rule.dtypes == FP8_DTYPES else ""
             raise WrongDtype(
                 f"tensor {name!r} in {tensor.file} has dtype {tensor.dtype}; weights are one of "
-                f"{', '.join(WEIGHT_DTYPES)}; rule: {rule}"
+                f"{', '.join(rule.dtypes)}{left}; rule: {rule}"
             )
 
 

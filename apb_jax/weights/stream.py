@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from apb_jax.model.weights import BY_PATH, QUANTISED
 from apb_jax.weights.mapping import Rule
 from apb_jax.weights.safetensors_header import DTYPES, TensorEntry
 from apb_jax.weights.spread import spread
+from pallas_kernels.float8 import FP8, quantise
 
 STAGING_BYTES = 512 * 2**20
 """Host memory for the layers on their way; two such blocks exist at a time (one being read, one being copied)."""
@@ -38,19 +40,23 @@ def stream(
 ) -> Iterator[tuple[str, jax.Array]]:
     """Yield (our path, array in its sharding) rule by rule.
 
+    A matrix without a sharding of its own is quantised block by block, into the two arrays that stand for it.
     Peak host memory beyond the arrays: two staging blocks, each at most ``STAGING_BYTES`` or one HF tensor.
     """
     total = sum(_bytes(entries, rule, sizes, num_layers) for rule in rules)
     done = 0
     with ThreadPoolExecutor(READERS) as readers:
         for rule in rules:
-            placed = _Placement(rule, num_layers, dtype, shardings[rule.path])
+            if rule.path in shardings:
+                placed: _Placement | _Quantising = _Placement(rule, num_layers, dtype, shardings[rule.path])
+            else:
+                placed = _Quantising(rule, num_layers, [shardings[row.path] for row in QUANTISED[rule.path]])
             for start, block in _blocks(entries, rule, sizes, num_layers, readers):
                 placed.put(start, block)
                 done += block.nbytes
                 if progress:
                     progress(done, total)
-            yield rule.path, placed.array
+            yield from placed.arrays()
 
 
 def _bytes(entries: Mapping[str, TensorEntry], rule: Rule, sizes: Mapping[str, int], num_layers: int) -> int:
@@ -107,7 +113,7 @@ class _Placement:
 
     def __init__(self, rule: Rule, num_layers: int, dtype: Any, sharding: Sharding) -> None:
         self.rule, self.num_layers, self.sharding = rule, num_layers, sharding
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = BY_PATH[rule.path].dtype(dtype)
         self.on_host = next(iter(sharding.device_set)).platform in HOST_TRANSPOSES  # type: ignore[attr-defined]
         self.settle = jax.jit(self._arranged, out_shardings=sharding)
         self.insert = jax.jit(self._insert, donate_argnums=0, out_shardings=sharding)
@@ -130,6 +136,10 @@ class _Placement:
             self.array = jax.jit(lambda: jnp.zeros(shape, self.dtype), out_shardings=self.sharding)()
         self.array = self.insert(self.array, moved, jnp.int32(start))
 
+    def arrays(self) -> Iterator[tuple[str, jax.Array]]:
+        """(path, array), complete once every block was put."""
+        yield self.rule.path, self.array
+
     def _arranged(self, block: Any) -> Any:
         turned = block.swapaxes(-1, -2) if self.rule.transpose else block
         return turned if turned.dtype == self.dtype else turned.astype(self.dtype)
@@ -145,6 +155,41 @@ class _Placement:
         spec = list(self.sharding.spec) + [None] * (len(self.rule.shape) + self.rule.stacked - len(self.sharding.spec))
         spec[-1], spec[-2] = spec[-2], spec[-1]
         return NamedSharding(self.sharding.mesh, PartitionSpec(*spec))
+
+
+class _Quantising:
+    """A matrix's values in e4m3 and their scales growing on the devices; what was read lies there one block at a time.
+
+    HF stores matrices output-major, as the values stay.
+    """
+
+    def __init__(self, rule: Rule, num_layers: int, shardings: Sequence[Sharding]) -> None:
+        self.rule, self.num_layers = rule, num_layers
+        self.shardings = tuple(shardings)
+        self.insert = jax.jit(self._insert, donate_argnums=0, out_shardings=self.shardings)
+        self.pair: tuple[jax.Array, jax.Array] | None = None
+
+    def put(self, start: int, block: np.ndarray) -> None:
+        """Copy one block to the devices and quantise it into its place."""
+        if self.pair is None:
+            shape = (self.num_layers, *block.shape[1:])
+            zeros = jax.jit(
+                lambda: (jnp.zeros(shape, FP8), jnp.zeros(shape[:-1], jnp.float32)), out_shardings=self.shardings
+            )
+            self.pair = zeros()
+        jax.block_until_ready(self.pair)  # bounds the blocks alive
+        moved = _to_devices(block, spread(self.shardings[0], block.shape))
+        self.pair = self.insert(self.pair, moved, jnp.int32(start))
+
+    def arrays(self) -> Iterator[tuple[str, jax.Array]]:
+        """(path, array) of values and scale."""
+        assert self.pair is not None
+        yield from zip((row.path for row in QUANTISED[self.rule.path]), self.pair, strict=True)
+
+    def _insert(self, pair: tuple[Any, Any], block: Any, start: Any) -> tuple[Any, Any]:
+        values, scale = quantise(block)
+        put = jax.lax.dynamic_update_slice_in_dim
+        return put(pair[0], values, start, axis=0), put(pair[1], scale[..., 0], start, axis=0)
 
 
 def _to_devices(block: np.ndarray, sharding: Sharding) -> jax.Array:

@@ -30,7 +30,9 @@ def skinny_matmul(
 
     Args:
       x: [R, I], few rows: one for each request of a decoding step.
-      stacks: each [L, I', O'], the same matrix of all layers; they may differ in O'.
+      stacks: each [L, I', O'], the same matrix of all layers, in the dtype of x; they may differ in O'. Or all in
+        e4m3 and output-major, [L, O', I']: x is then multiplied as its rows are quantised, and the caller multiplies
+        the results by the matrices' scales.
       layer: int32 scalar.
       row_share, column_share: (index, count) for the ``index``-th of ``count`` equal parts of each matrix's rows or
         columns; the index is an int32 scalar, the count static. I is I' / count of ``row_share``.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.compat import vary_together
 from pallas_kernels.errors import KernelInputError
+from pallas_kernels.float8 import FP8
 
 Share = tuple[jax.Array | int, int]
 """(index, count): which of how many equal parts."""
@@ -15,9 +16,9 @@ Share = tuple[jax.Array | int, int]
 
 @dataclass(frozen=True)
 class MatmulCall:
-    """x [R, I], stacks [L, I', O'], place int32 [3]: layer, row share, column share (indices).
+    """x [R, I], stacks [L, I', O'] (in e4m3 [L, O', I']), place int32 [3]: layer, row share, column share (indices).
 
-    ``row_shares``, ``column_shares``: into how many parts rows and columns of each matrix are cut.
+    ``row_shares``, ``column_shares``: into how many parts rows (inputs) and columns (outputs) of each matrix are cut.
     """
 
     x: jax.Array
@@ -32,28 +33,40 @@ class MatmulCall:
             raise KernelInputError(f"x has shape {x.shape}; it must be [R, I]")
         if not self.stacks:
             raise KernelInputError("stacks is empty; give at least one [L, I', O']")
+        inputs, outputs = (2, 1) if self.fp8 else (1, 2)
         for stack in self.stacks:
-            if stack.ndim != 3 or stack.shape[1] != x.shape[1] * self.row_shares:
-                wanted = f"[L, {x.shape[1]} x {self.row_shares} shares, O']"
-                raise KernelInputError(f"a stack has shape {stack.shape}; with x {x.shape} it must be {wanted}")
-            if stack.shape[2] % self.column_shares:
-                raise KernelInputError(f"{self.column_shares} shares do not divide {stack.shape[2]} columns")
-            if stack.dtype != x.dtype:
-                raise KernelInputError(f"x and a stack have dtypes {x.dtype} and {stack.dtype}; they must agree")
+            if (stack.dtype == FP8) != self.fp8 or (not self.fp8 and stack.dtype != x.dtype):
+                raise KernelInputError(
+                    f"x and a stack have dtypes {x.dtype} and {stack.dtype}; they must agree, or all stacks be {FP8}"
+                )
+            if stack.ndim != 3 or stack.shape[inputs] != x.shape[1] * self.row_shares:
+                sides = [f"{x.shape[1]} x {self.row_shares} shares", "O'"]
+                wanted = ", ".join(["L", *(sides[::-1] if self.fp8 else sides)])
+                raise KernelInputError(f"a stack has shape {stack.shape}; with x {x.shape} it must be [{wanted}]")
+            if stack.shape[outputs] % self.column_shares:
+                raise KernelInputError(f"{self.column_shares} shares do not divide {stack.shape[outputs]} columns")
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the matrices are in e4m3, output-major."""
+        return self.stacks[0].dtype == FP8
 
     @property
     def columns(self) -> tuple[int, ...]:
         """Of each result."""
-        return tuple(stack.shape[2] // self.column_shares for stack in self.stacks)
+        return tuple(stack.shape[1 if self.fp8 else 2] // self.column_shares for stack in self.stacks)
 
     def matrices(self) -> list[jax.Array]:
-        """The matrices themselves, each [I, columns]: copies, unless XLA fuses them."""
+        """The matrices themselves, each [I, columns], in e4m3 [columns, I]: copies, unless XLA fuses them."""
         depth = self.x.shape[1]
         layer, row, column = self.place
-        return [
-            jax.lax.dynamic_slice(stack, (layer, row * depth, column * width), (1, depth, width))[0]
-            for stack, width in zip(self.stacks, self.columns, strict=True)
-        ]
+        found = []
+        for stack, width in zip(self.stacks, self.columns, strict=True):
+            start, shape = (row * depth, column * width), (depth, width)
+            if self.fp8:
+                start, shape = start[::-1], shape[::-1]
+            found.append(jax.lax.dynamic_slice(stack, (layer, *start), (1, *shape))[0])
+        return found
 
 
 def make_call(

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
+from pallas_kernels.float8 import product, quantise
 from pallas_kernels.skinny_matmul.call import MatmulCall
 
 
 def xla(call: MatmulCall) -> tuple[jax.Array, ...]:
     """For each stack float32 [R, columns]."""
+    if call.fp8:
+        return _fp8(call)
     if call.x.shape[0] == 1 and device.current().platform == "gpu":
         # XLA fuses the slice of the stack into a reduction; a matrix product would copy the slice first.
         wide = call.x.astype(jnp.float32).T
@@ -18,3 +21,11 @@ def xla(call: MatmulCall) -> tuple[jax.Array, ...]:
         jnp.matmul(call.x, matrix, precision=precision, preferred_element_type=jnp.float32)
         for matrix in call.matrices()
     )
+
+
+def _fp8(call: MatmulCall) -> tuple[jax.Array, ...]:
+    values, scale = quantise(call.x)
+    if call.x.shape[0] == 1 and device.current().platform == "gpu":
+        wide = values.astype(jnp.float32)
+        return tuple(jnp.sum(wide * m.astype(jnp.float32), axis=1)[None] * scale for m in call.matrices())
+    return tuple(product(values, matrix, jnp.float32) * scale for matrix in call.matrices())
