@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.inputs import LayerInputs
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.placement import Placement
-from apb_jax.cache import DocumentCache
 from apb_jax.mesh import SP
 from apb_jax.model.heads import FoldedRetainingHead
 from apb_jax.programs import Lengths, Programs
+from apb_jax.quantised_cache import AnyCache, cache_kind
 
 GROUPS = 8
 """At most so many groups are the layers cut into: what progress is reported by."""
@@ -30,12 +30,12 @@ class PrefillState:
     """What goes from layer to layer, donated to each program: hidden rows, and the KV kept so far."""
 
     x: Float[Array, "B N*S E"]
-    cache: DocumentCache
+    cache: AnyCache
 
     @staticmethod
-    def specs() -> PrefillState:
-        """Rows over ``sp``."""
-        return PrefillState(P(None, SP, None), DocumentCache.specs())  # type: ignore[arg-type]
+    def specs(kv: str) -> PrefillState:
+        """Rows over ``sp``; ``kv``: the word of ``Precision.kv``."""
+        return PrefillState(P(None, SP, None), cache_kind(kv).specs())  # type: ignore[arg-type]
 
 
 @jax.tree_util.register_dataclass
@@ -78,12 +78,14 @@ def embed(programs: Programs, weights: nnx.State, tokens: Int[Array, "B N*S"]) -
 def layers_program(programs: Programs, method: AttentionMethod, count: int) -> Any:
     """The jitted program (weights, state, rows, first layer) -> state of ``count`` layers in one scan."""
 
+    kernels = replace(programs.kernels, exchange=programs.precision.kv)
+
     def prefill_layers(weights: Any, state: PrefillState, rows: PrefillRows, start: Any) -> PrefillState:
         def one_shard(inputs: LayerInputs) -> tuple[Any, Any, Any]:
-            out, (k, v) = method.prefill(inputs, rows.lengths.shard(), programs.kernels)
+            out, (k, v) = method.prefill(inputs, rows.lengths.shard(), kernels)
             return out, k, v
 
-        def attend(inputs: LayerInputs, cache: DocumentCache) -> tuple[Any, DocumentCache]:
+        def attend(inputs: LayerInputs, cache: AnyCache) -> tuple[Any, AnyCache]:
             out, k, v = each_shard(rows.lengths.placement, one_shard, inputs)
             return out, cache.write(inputs.layer, k, v)
 
@@ -93,7 +95,7 @@ def layers_program(programs: Programs, method: AttentionMethod, count: int) -> A
         )
         return PrefillState(x, cache)
 
-    state, rows = PrefillState.specs(), PrefillRows(P(None, SP), P())  # type: ignore[arg-type]
+    state, rows = PrefillState.specs(programs.precision.kv), PrefillRows(P(None, SP), P())  # type: ignore[arg-type]
     return programs.traced(prefill_layers, (programs.specs, state, rows, P()), state, donate=(1,))
 
 
@@ -108,7 +110,7 @@ def run(
     weights: nnx.State,
     tokens: Int[Array, "B N*S"],
     rows: PrefillRows,
-    cache: DocumentCache,
+    cache: AnyCache,
 ) -> Iterator[tuple[int, PrefillState]]:
     """(layers done, state) before the first and after every group of layers, each finished on the devices.
 

@@ -32,7 +32,8 @@ def attend_shard(
     offset = None
     if query_tokens is not None:
         offset = jnp.where(owner, document.k.shape[2], kept_tokens - query_tokens)  # all rows: hides nothing
-    local = decode_attention(q, document.k, document.v, kept_tokens, offset, layer=document.layer)
+    scales = {"k_scale": document.k_scale, "v_scale": document.v_scale}
+    local = decode_attention(q, document.k, document.v, kept_tokens, offset, layer=document.layer, **scales)
     rows = jnp.full_like(tail_offset, tail[0].shape[1])
     new, new_lse = decode_attention(q, *tail, lengths=rows, causal_offset=tail_offset)
     return merge_partials([local, (new, jnp.where(owner, new_lse, -jnp.inf))])
@@ -67,14 +68,15 @@ def decode_on_device(
     The cache is read where it lies; its rows [V * C] of a request are V requests of C rows.
     """
     count, (batch, rows) = placement.local, q.shape[:2]
-    fold = lambda a: a.reshape(a.shape[0], batch * count, -1, *a.shape[3:])  # noqa: E731
+    fold = lambda a: None if a is None else a.reshape(a.shape[0], batch * count, -1, *a.shape[3:])  # noqa: E731
     last = placement.on_device() == placement.shards - 1
     offset = None
     if query_tokens is not None:
         offset = jnp.where(last, document.k.shape[2], kept_tokens - query_tokens[:, None]).reshape(-1)
     many = jnp.repeat(q, count, axis=0)
+    scales = {"k_scale": fold(document.k_scale), "v_scale": fold(document.v_scale)}
     out, lse = decode_attention(
-        many, fold(document.k), fold(document.v), kept_tokens.reshape(-1), offset, layer=document.layer
+        many, fold(document.k), fold(document.v), kept_tokens.reshape(-1), offset, layer=document.layer, **scales
     )
     outs, lses = out.reshape(batch, count, rows, *out.shape[2:]), lse.reshape(batch, count, *lse.shape[1:])
     slots = jnp.full_like(tail_offset, tail[0].shape[1])
@@ -112,7 +114,7 @@ def attend_remapped(
     if cached.query_tokens is not None:
         hidden = stop + row - cached.query_tokens[:, None] + 1
         stop = jnp.where(owner, stop, jnp.minimum(stop, hidden))
-    local = part(cached.document.alone(), cached.kept_positions, stop)
+    local = part(cached.document.alone(x.q.dtype), cached.kept_positions, stop)
     slots = jnp.arange(cached.tail[0].shape[1], dtype=jnp.int32)[None]
     new, lse = part(cached.tail, cached.tail_position[:, None] + slots, cached.tail_offset[:, None] + row + 1)
     return merge_partials([local, (new, jnp.where(owner, lse, -jnp.inf))])

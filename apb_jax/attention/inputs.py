@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from apb_jax.attention.placement import Placement
+from apb_jax.kv_codes import dequantise
+from apb_jax.precision import MODEL
 from apb_jax.rope.base import Rope, rotate
 
 KeptKV = tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
@@ -21,6 +23,8 @@ class Kernels:
     """Which implementations the ops of ``pallas_kernels`` use; None lets each op choose."""
 
     attention: str | None = None
+    exchange: str = MODEL
+    """In which type APB's keys and values travel between shards: the word of ``Precision.kv``."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,22 @@ class LayerInputs:
 class CachedLayer:
     """One layer of a cache, left in its stack: few rows attend to it where it lies."""
 
-    k: Float[Array, "L B rows K D"]
-    v: Float[Array, "L B rows K D"]
+    k: Shaped[Array, "L B rows K D"]
+    v: Shaped[Array, "L B rows K D"]
     layer: Int[Array, ""]
+    k_scale: Float[Array, "L B rows K"] | None = None
+    """Given, like ``v_scale``, where keys and values are 8-bit codes (``kv_codes.py``)."""
+    v_scale: Float[Array, "L B rows K"] | None = None
 
-    def alone(self) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
-        """K and V of this layer, as copies unless XLA fuses them."""
-        take = jax.lax.dynamic_index_in_dim
-        return take(self.k, self.layer, keepdims=False), take(self.v, self.layer, keepdims=False)
+    def alone(self, dtype: Any) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
+        """K and V of this layer, as copies unless XLA fuses them; codes as the values in ``dtype`` they stand for."""
+
+        def take(array: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
+
+        if self.k_scale is None or self.v_scale is None:
+            return take(self.k), take(self.v)
+        return dequantise(take(self.k), take(self.k_scale), dtype), dequantise(take(self.v), take(self.v_scale), dtype)
 
     @classmethod
     def of(cls, k: Float[Array, "B rows K D"], v: Float[Array, "B rows K D"]) -> CachedLayer:
