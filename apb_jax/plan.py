@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from apb_jax.arguments import length, number
 from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
-from apb_jax.options import PLACEMENTS, parse_bytes
+from apb_jax.options import PLACEMENTS, add_precision, parse_bytes
+from apb_jax.precision import MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--placement", choices=PLACEMENTS, default="contiguous")
     parser.add_argument("--batch", type=number(int, 1, 1024), default=1, metavar="N", help="requests at once")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16", help="default: bf16")
+    add_precision(parser)
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line of standard output")
     return parser
 
@@ -93,6 +95,7 @@ def make_plan(args: argparse.Namespace, model: LoadedModel) -> Plan:
         order=args.placement,
         retaining_hidden=model.retaining_hidden,
         folded=model.fold_heads,
+        kv=args.kv_dtype or MODEL,
     )
     limit = int(USABLE * (args.gpu_memory or figures.memory_bytes))
     return plan(case, [hypothetical(tokens)] * args.batch, limit, figures=figures, calibration=calibration)

@@ -12,6 +12,7 @@ from apb_jax.engine import Engine
 from apb_jax.files import write_json, write_text
 from apb_jax.generation import Answer
 from apb_jax.measure.plan import planned_bytes
+from apb_jax.precision import Precision
 from apb_jax.session import Session
 
 
@@ -97,11 +98,12 @@ def markdown(result: dict[str, Any]) -> str:
     options = ", ".join(f"{name}={value}" for name, value in result["method_options"].items()) or "no options"
     mesh = " x ".join(f"{axis}={count}" for axis, count in result["mesh"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    held = ", ".join(filter(None, (result["dtype"], str(Precision(**result["precision"])))))
     cut = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
     lines = [
         f"# {result['model']}: {result['method']} on {result['document_tokens']:,} tokens",
         "",
-        f"{result['method']} ({options}); weights {result['weights']}, {result['dtype']}, kernels {result['kernels']}, "
+        f"{result['method']} ({options}); weights {result['weights']}, {held}, kernels {result['kernels']}, "
         f"template {result['template']}; "
         f"{result['device']}, mesh {mesh}, {result['shards']} shards; {versions}.",
         "",

@@ -21,6 +21,7 @@ from typing import Any
 
 from apb_jax.errors import UserError
 from apb_jax.install import install_hint
+from apb_jax.precision import Precision
 from evals.base import EvalError, Scored, SystemSpec
 from evals.ruler.prompt import split_prompt
 from evals.system import EngineSystem, connect
@@ -58,6 +59,7 @@ class ModelArgs:
     weights: str | None = None
     heads: str | None = None
     dtype: str | None = None
+    kv_dtype: str | None = None
     split: str | int = "auto"
     max_length: int | None = None
     max_gen_toks: int = 256
@@ -92,6 +94,7 @@ class ModelArgs:
             self.dtype,
             self.sp,
             self.tp,
+            precision=Precision.of(None, kv=self.kv_dtype),
         )
 
 

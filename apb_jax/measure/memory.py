@@ -19,9 +19,11 @@ from apb_jax.attention.method import AttentionMethod, Setup
 from apb_jax.attention.placement import Placement
 from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.errors import UserError
+from apb_jax.kv_codes import CODES, SCALE_BYTES
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import CHUNK_ROWS
 from apb_jax.model.weights import head_facts, weights_of
+from apb_jax.precision import MODEL
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -52,6 +54,8 @@ class Case:
     retaining_hidden: int | None = None
     folded: bool = False
     query_at: int = 0
+    kv: str = MODEL
+    """The type of the document's keys and values: the word of ``Precision.kv``."""
 
     @classmethod
     def of(cls, engine: Engine) -> Case:
@@ -69,6 +73,7 @@ class Case:
             retaining_hidden=model.retaining_hidden,
             folded=model.fold_heads,
             query_at=setup.query_at,
+            kv=settings.precision.kv,
         )
 
     @property
@@ -196,6 +201,15 @@ def exchange_bytes(case: Case, method: AttentionMethod, layout: Layout) -> int:
     return (2 * slots + 2 * placement.local * slots) * kv_row
 
 
+def document_kv_bytes(case: Case, rows: int) -> int:
+    """The cache of ``rows`` document tokens: 8-bit codes with their scales, or the model's own dtype."""
+    config = case.config
+    if case.kv not in CODES:
+        return config.kv_bytes_per_token(case.itemsize) // case.tp * rows
+    row = CODES[case.kv].dtype.itemsize * config.head_dim + SCALE_BYTES
+    return 2 * config.num_layers * config.num_kv_heads // case.tp * row * rows
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the fullest device by component, for one batch of requests."""
@@ -220,7 +234,7 @@ def memory_of(
     return Memory(
         {
             "weights": weight_bytes(case),
-            "document_kv": kv * local * layout.kept_capacity,
+            "document_kv": document_kv_bytes(case, batch * local * layout.kept_capacity),
             "activations": activation_bytes(case, rows, scored=scored),
             "exchange": exchange_bytes(case, method, layout),
             "tail_kv": kv * tail,

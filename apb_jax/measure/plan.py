@@ -12,6 +12,7 @@ from apb_jax.measure.auto import Calibration
 from apb_jax.measure.devices import DeviceFigures, memory_limit
 from apb_jax.measure.memory import NEW_TOKENS, QUERY_TOKENS, Case, Memory, hypothetical, memory_for, memory_of
 from apb_jax.measure.seconds import Expected, expected
+from apb_jax.precision import FP8, MODEL
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -65,6 +66,7 @@ class Plan:
             "limit_bytes": self.limit,
             "longest_document_tokens": self.longest,
             "components": self.memory.components,
+            "kv_dtype": self.case.kv,
             "seconds": None if self.expected is None else self.expected.seconds,
             "seconds_from": None if self.expected is None else self.expected.basis,
             "would_fit": list(self.remedies),
@@ -122,6 +124,8 @@ def remedies(case: Case, document_tokens: int, limit: int, longest: int, asked: 
     powers = [2**n for n in range(1, MOST_DEVICES.bit_length())]
     shards = case.placement.shards
     found = [] if case.itemsize == 2 or not helps(replace(case, itemsize=2)) else ["--dtype bf16"]
+    narrow = case.kv == MODEL and helps(replace(case, kv=FP8))
+    found += ["--kv-dtype fp8"] if narrow else []
     if not case.method.can.exact:
         found += first("--shards", [shards * n for n in (2, 4)], lambda n: replace(case, shards=n))
     more = [n for n in powers if n > case.devices]

@@ -11,7 +11,7 @@ from typing import Any
 from apb_jax.arguments import number
 from apb_jax.command import Parser
 from apb_jax.errors import UserError
-from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _setting
+from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _setting, add_precision
 from apb_jax.prompt.style import parse_separator, parse_template_arg
 
 DEFAULT = "default"
@@ -102,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group.add_argument("--set", action="append", type=_setting, default=[], metavar="FIELD=VALUE")
     group.add_argument("--kernels", choices=KERNELS, default="auto")
+    add_precision(group)
 
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
@@ -133,7 +134,9 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None = None) -> ServeConfig:
     """A ServeConfig from a command line; UserError for what is wrong with it."""
     given: dict[str, Any] = vars(make_parser().parse_args(argv))
-    names = "model weights heads template system separator dtype sp tp shards placement slice_decode kernels".split()
+    names = (
+        "model weights heads template system separator dtype kv_dtype sp tp shards placement slice_decode kernels"
+    ).split()
     run = RunConfig(
         method=given.pop("method") or DEFAULT, options=tuple(given.pop("set")),
         template_args=tuple(given.pop("template_args")),
