@@ -25,7 +25,7 @@ import numpy as np
 
 from apb_jax.command import Parser, command
 from apb_jax.kv_codes import CODES, quantise
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import Codes, decode_attention
 from pallas_kernels.decode_attention import triton as triton_backend
 from pallas_kernels.decode_attention.call import make_call
 from pallas_kernels.timing import device_ms
@@ -94,12 +94,14 @@ def attention(kind: str, name: str | None, config: Any = None, causal: bool = Fa
 
     def run(q: Any, k: Any, v: Any, *scales: Any) -> Any:
         length = jax.lax.optimization_barrier(jnp.full((1,), k.shape[1], jnp.int32))
-        named = dict(zip(("k_scale", "v_scale"), (s[None] for s in scales), strict=False))
+        stack = (k[None], v[None])
+        if scales:
+            stack = tuple(Codes(codes, scale[None]) for codes, scale in zip(stack, scales, strict=True))
         offset = length - q.shape[1] if causal else None
         if config is not None:
-            call = make_call(q, k[None], v[None], length, offset, None, jnp.int32(0), **named)
+            call = make_call(q, *stack, length, offset, None, jnp.int32(0))
             return triton_backend.triton(call, config)
-        return decode_attention(q, k[None], v[None], length, offset, layer=jnp.int32(0), implementation=name, **named)
+        return decode_attention(q, *stack, length, offset, layer=jnp.int32(0), implementation=name)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -32,8 +33,7 @@ def attend_shard(
     offset = None
     if query_tokens is not None:
         offset = jnp.where(owner, document.k.shape[2], kept_tokens - query_tokens)  # all rows: hides nothing
-    scales = {"k_scale": document.k_scale, "v_scale": document.v_scale}
-    local = decode_attention(q, document.k, document.v, kept_tokens, offset, layer=document.layer, **scales)
+    local = decode_attention(q, *document.stacks(), kept_tokens, offset, layer=document.layer)
     rows = jnp.full_like(tail_offset, tail[0].shape[1])
     new, new_lse = decode_attention(q, *tail, lengths=rows, causal_offset=tail_offset)
     return merge_partials([local, (new, jnp.where(owner, new_lse, -jnp.inf))])
@@ -68,16 +68,14 @@ def decode_on_device(
     The cache is read where it lies; its rows [V * C] of a request are V requests of C rows.
     """
     count, (batch, rows) = placement.local, q.shape[:2]
-    fold = lambda a: None if a is None else a.reshape(a.shape[0], batch * count, -1, *a.shape[3:])  # noqa: E731
+    fold = lambda a: a.reshape(a.shape[0], batch * count, -1, *a.shape[3:])  # noqa: E731
     last = placement.on_device() == placement.shards - 1
     offset = None
     if query_tokens is not None:
         offset = jnp.where(last, document.k.shape[2], kept_tokens - query_tokens[:, None]).reshape(-1)
     many = jnp.repeat(q, count, axis=0)
-    scales = {"k_scale": fold(document.k_scale), "v_scale": fold(document.v_scale)}
-    out, lse = decode_attention(
-        many, fold(document.k), fold(document.v), kept_tokens.reshape(-1), offset, layer=document.layer, **scales
-    )
+    stacks = jax.tree.map(fold, document.stacks())
+    out, lse = decode_attention(many, *stacks, kept_tokens.reshape(-1), offset, layer=document.layer)
     outs, lses = out.reshape(batch, count, rows, *out.shape[2:]), lse.reshape(batch, count, *lse.shape[1:])
     slots = jnp.full_like(tail_offset, tail[0].shape[1])
     new, new_lse = decode_attention(q, *tail, lengths=slots, causal_offset=tail_offset)

@@ -14,6 +14,7 @@ from apb_jax.attention.placement import Placement
 from apb_jax.kv_codes import dequantise
 from apb_jax.precision import MODEL
 from apb_jax.rope.base import Rope, rotate
+from pallas_kernels.decode_attention import Codes
 
 KeptKV = tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
 
@@ -105,6 +106,12 @@ class CachedLayer:
     k_scale: Float[Array, "L B rows K"] | None = None
     """Given, like ``v_scale``, where keys and values are 8-bit codes (``kv_codes.py``)."""
     v_scale: Float[Array, "L B rows K"] | None = None
+
+    def stacks(self) -> tuple[Any, Any]:
+        """K and V of all layers as ``decode_attention`` takes them."""
+        if self.k_scale is None or self.v_scale is None:
+            return self.k, self.v
+        return Codes(self.k, self.k_scale), Codes(self.v, self.v_scale)
 
     def alone(self, dtype: Any) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
         """K and V of this layer, as copies unless XLA fuses them; codes as the values in ``dtype`` they stand for."""

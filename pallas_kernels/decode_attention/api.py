@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.compat import vary_over, varying_axes
 from pallas_kernels.decode_attention import mosaic_gpu as mosaic_backend
 from pallas_kernels.decode_attention import triton as triton_backend
-from pallas_kernels.decode_attention.call import make_call
+from pallas_kernels.decode_attention.call import Codes, make_call
 from pallas_kernels.decode_attention.reference import reference
 from pallas_kernels.decode_attention.xla import xla
 from pallas_kernels.dispatch import Implementation, accepts_all, choose
@@ -21,14 +21,12 @@ IMPLEMENTATIONS = (
 
 def decode_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Codes,
+    v: jax.Array | Codes,
     lengths: jax.Array,
     causal_offset: jax.Array | None = None,
     *,
     layer: jax.Array | None = None,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -37,12 +35,11 @@ def decode_attention(
     Args:
       q: [B, M, H, D]; one row a decoding step, up to a few hundred in the query phase.
       k, v: [B, T, K, D]; query head h uses KV head h // (H // K). Slots at or beyond ``lengths`` may
-        hold anything, NaN too. With ``layer``: stacks of all layers, [L, B, T, K, D].
+        hold anything, NaN too. With ``layer``: stacks of all layers, [L, B, T, K, D]. Or both ``Codes`` of 8 bits with
+        scales float32 [B, T, K] ([L, B, T, K]): a key is its codes times its scale.
       lengths: int32 [B], valid slots per batch entry; 0 is allowed.
       causal_offset: None, or int32 [B]: row i sees key j only if j <= i + causal_offset[b].
       layer: None, or an int32 scalar: which layer of the stacks, which is read where it lies.
-      k_scale, v_scale: float32 [B, T, K] ([L, B, T, K] with ``layer``), given where k and v have 8 bits (float8_e4m3fn
-        or int8): a key is its codes times its scale. Slots at or beyond ``lengths`` may hold anything here too.
       scale: of the scores; default 1/sqrt(D).
       implementation: None for the automatic choice, or a name, which never falls back.
 
@@ -53,7 +50,7 @@ def decode_attention(
     Raises:
       KernelInputError, Unsupported, ExceptionGroup: as `flash_attention`.
     """
-    call = make_call(q, k, v, lengths, causal_offset, scale, layer, k_scale, v_scale)
+    call = make_call(q, k, v, lengths, causal_offset, scale, layer)
     chosen = choose("decode_attention", IMPLEMENTATIONS, implementation, call)
     batch, rows, heads, _ = call.q.shape
     if call.keys == 0 or rows == 0:

@@ -14,6 +14,15 @@ from pallas_kernels.flash_attention.rows import clip
 EIGHT_BITS = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Codes:
+    """Keys or values in 8 bits: codes [..., T, K, D] (float8_e4m3fn or int8) and the float32 scale of each row."""
+
+    values: jax.Array
+    scale: jax.Array
+
+
 @dataclass(frozen=True)
 class DecodeCall:
     """q [B, M, H, D], k and v [B, T, K, D], lengths int32 [B], causal_offset None or int32 [B].
@@ -103,8 +112,9 @@ def _per_batch(value: jax.Array | int, limits: tuple[int, int], batch: int, name
     return jnp.broadcast_to(array, (batch,))
 
 
-def make_call(q, k, v, lengths, causal_offset, scale, layer=None, k_scale=None, v_scale=None) -> DecodeCall:
+def make_call(q, k, v, lengths, causal_offset, scale, layer=None) -> DecodeCall:
     """Validate, clip lengths and offsets to what changes anything, and let all arrays vary over the same mesh axes."""
+    (k, k_scale), (v, v_scale) = ((a.values, a.scale) if isinstance(a, Codes) else (a, None) for a in (k, v))
     slots = k.shape[-3]
     lengths = _per_batch(lengths, (0, slots), q.shape[0], "lengths")
     if causal_offset is not None:  # callers pass a huge one where it hides nothing; the kernel multiplies it

@@ -21,7 +21,7 @@ from apb_jax.measure.traffic import layer_traffic
 from apb_jax.precision import Precision
 from apb_jax.quantised_cache import QuantisedCache
 from pallas_kernels import device
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import Codes, decode_attention
 from pallas_kernels.errors import KernelInputError, Unsupported
 
 STEP = {"fp8": 2.0**-4, "int8": 0.5 / 127}
@@ -87,8 +87,8 @@ def test_attention_over_codes_is_that_over_their_values(kind: str, rows: int) ->
         k, v = (jnp.where(behind[..., None], jnp.asarray(jnp.nan, a.dtype), a) for a in (k, v))
     for name, scales in (("xla", spoiled), ("reference", (k_scale, v_scale))):
         given = (k, v) if name == "xla" else cached(kind)[:2]
-        named = dict(zip(("k_scale", "v_scale"), scales, strict=True))
-        got = decode_attention(q, *given, lengths, offset, layer=layer, implementation=name, **named)
+        codes = [Codes(a, s) for a, s in zip(given, scales, strict=True)]
+        got = decode_attention(q, *codes, lengths, offset, layer=layer, implementation=name)
         for found, wanted in zip(got, want, strict=True):
             np.testing.assert_allclose(found, wanted, atol=2e-5, rtol=2e-5)
 
@@ -97,16 +97,16 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     k, v, k_scale, v_scale = (a[0] for a in cached("fp8"))
     q, lengths = jnp.zeros((2, 1, 4, 16)), jnp.asarray([90, 33])
     with pytest.raises(KernelInputError, match="k has float8_e4m3fn and v_scale is missing"):
-        decode_attention(q, k, v, lengths, k_scale=k_scale)
+        decode_attention(q, Codes(k, k_scale), v, lengths)
     with pytest.raises(KernelInputError, match="k has float32 and k_scale is given"):
-        decode_attention(q, k.astype(jnp.float32), v.astype(jnp.float32), lengths, k_scale=k_scale, v_scale=v_scale)
+        decode_attention(q, *(Codes(a.astype(jnp.float32), k_scale) for a in (k, v)), lengths)
     with pytest.raises(KernelInputError, match=r"v_scale is float32\[2, 89, 2\]; it must be float32\[2, 90, 2\]"):
-        decode_attention(q, k, v, lengths, k_scale=k_scale, v_scale=v_scale[:, 1:])
-    named = {"k_scale": k_scale, "v_scale": v_scale}
+        decode_attention(q, Codes(k, k_scale), Codes(v, v_scale[:, 1:]), lengths)
+    codes, q16 = (Codes(k, k_scale), Codes(v, v_scale)), q.astype(jnp.bfloat16)
     with device.assume(device.HOPPER), pytest.raises(Unsupported, match="mosaic_gpu reads caches of 16 bits"):
-        decode_attention(q.astype(jnp.bfloat16), k, v, lengths, **named, implementation="mosaic_gpu")
+        decode_attention(q16, *codes, lengths, implementation="mosaic_gpu")
     with device.assume(device.Device("gpu", "A100", (8, 0))), pytest.raises(Unsupported, match="Ada"):
-        decode_attention(q.astype(jnp.bfloat16), k, v, lengths, **named, implementation="triton")
+        decode_attention(q16, *codes, lengths, implementation="triton")
     with (
         device.assume(device.HOPPER),
         pytest.raises(Unsupported, match="triton reads caches of 8 bits"),

@@ -14,7 +14,7 @@ from pallas_kernels import triton_launch
 from pallas_kernels.block_sparse_attention import Blocks, block_sparse_attention
 from pallas_kernels.block_sparse_attention import triton as block_sparse_triton
 from pallas_kernels.block_sparse_attention.call import make_call as block_sparse_call
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import Codes, decode_attention
 from pallas_kernels.decode_attention import triton as decode_triton
 from pallas_kernels.decode_attention.call import make_call as decode_call
 from pallas_kernels.flash_attention import RowSegment
@@ -82,9 +82,10 @@ def test_decode_8bit(kind, rows, causal):
     offset = jnp.asarray([150 - rows, -2]) if causal else None
     behind = jnp.arange(150)[:, None] >= lengths[None, :, None, None]
     spoiled = [jnp.where(behind, jnp.nan, s) for s in (k_scale, v_scale)]
-    out, lse = decode_triton.triton(decode_call(q, k, v, lengths, offset, 0.002, layer, *spoiled))
-    named = {"k_scale": k_scale, "v_scale": v_scale, "layer": layer, "scale": 0.002, "implementation": "reference"}
-    want, want_lse = decode_attention(q, k, v, lengths, offset, **named)
+    hostile = (Codes(a, s) for a, s in zip((k, v), spoiled, strict=True))
+    out, lse = decode_triton.triton(decode_call(q, *hostile, lengths, offset, 0.002, layer))
+    named = {"layer": layer, "scale": 0.002, "implementation": "reference"}
+    want, want_lse = decode_attention(q, Codes(k, k_scale), Codes(v, v_scale), lengths, offset, **named)
     assert error(out, want) <= 1e-3
     assert error(lse, want_lse) <= 1e-4
 
@@ -94,19 +95,17 @@ def test_mapped_decoding_reads_its_own_stack():
     rng = np.random.default_rng(7)
     q = jnp.asarray(rng.standard_normal((3, 2, 1, 4, 16)), jnp.float16)
     stacks = [jnp.asarray(rng.standard_normal((3, 2, 2, 40, 2, 16)), jnp.float32) for _ in range(2)]
-    (k, k_scale), (v, v_scale) = (quantise(a, CODES["fp8"]) for a in stacks)
+    k, v = (Codes(*quantise(a, CODES["fp8"])) for a in stacks)
     lengths, layer = jnp.asarray([[40, 3], [7, 0], [25, 40]]), jnp.asarray([0, 1, 1])
 
-    def shard(q, k, v, k_scale, v_scale, lengths, layer):
-        return decode_triton.triton(decode_call(q, k, v, lengths, None, None, layer, k_scale, v_scale))
+    def shard(q, k, v, lengths, layer):
+        return decode_triton.triton(decode_call(q, k, v, lengths, None, None, layer))
 
-    arrays = q, k, v, k_scale, v_scale, lengths, layer
+    arrays = q, k, v, lengths, layer
     got = jax.vmap(shard)(*arrays)
     for at in range(3):
-        own, keys, values, k_own, v_own, length, number = (a[at] for a in arrays)
-        want = decode_attention(
-            own, keys, values, length, layer=number, k_scale=k_own, v_scale=v_own, implementation="reference"
-        )
+        own, keys, values, length, number = jax.tree.map(lambda a: a[at], arrays)  # noqa: B023
+        want = decode_attention(own, keys, values, length, layer=number, implementation="reference")
         assert error(got[0][at], want[0]) <= 1e-3
         assert error(got[1][at], want[1]) <= 1e-4
 

@@ -19,6 +19,7 @@ from pallas_kernels import triton_launch
 from pallas_kernels.block_sparse_attention import Blocks, KeyTiles
 from pallas_kernels.block_sparse_attention import triton as block_sparse_triton
 from pallas_kernels.block_sparse_attention.call import make_call as block_sparse_call
+from pallas_kernels.decode_attention import Codes
 from pallas_kernels.decode_attention import triton as decode_triton
 from pallas_kernels.decode_attention.call import make_call as decode_call
 from pallas_kernels.flash_attention import RowSegment
@@ -26,9 +27,6 @@ from pallas_kernels.flash_attention import triton as flash_triton
 from pallas_kernels.flash_attention.call import make_call as flash_call
 
 TYPES = {
-    "float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32", "int8": "*i8",
-    "float8_e4m3fn": "*fp8e4nv",
-}  # fmt: skip
     "float16": "*fp16",
     "bfloat16": "*bf16",
     "float32": "*fp32",
@@ -72,7 +70,8 @@ def flash(q, k, v, bounds):
 
 
 def decode(q, k, v, k_scale, v_scale, lengths, offset, layer):
-    return decode_triton.triton(decode_call(q, k, v, lengths, offset, None, layer, k_scale, v_scale))
+    codes = Codes(k, k_scale), Codes(v, v_scale)
+    return decode_triton.triton(decode_call(q, *codes, lengths, offset, None, layer))
 
 
 def cases(capability: int):
