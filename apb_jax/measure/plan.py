@@ -12,7 +12,7 @@ from apb_jax.measure.auto import Calibration
 from apb_jax.measure.devices import DeviceFigures, memory_limit
 from apb_jax.measure.memory import NEW_TOKENS, QUERY_TOKENS, Case, Memory, hypothetical, memory_for, memory_of
 from apb_jax.measure.seconds import Expected, expected
-from apb_jax.precision import FP8, MODEL
+from apb_jax.precision import INT8, MODEL
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -124,13 +124,13 @@ def remedies(case: Case, document_tokens: int, limit: int, longest: int, asked: 
     powers = [2**n for n in range(1, MOST_DEVICES.bit_length())]
     shards = case.placement.shards
     found = [] if case.itemsize == 2 or not helps(replace(case, itemsize=2)) else ["--dtype bf16"]
-    narrow = case.kv == MODEL and helps(replace(case, kv=FP8))
-    found += ["--kv-dtype fp8"] if narrow else []
     if not case.method.can.exact:
         found += first("--shards", [shards * n for n in (2, 4)], lambda n: replace(case, shards=n))
     more = [n for n in powers if n > case.devices]
     found += first("--sp", more, lambda n: replace(case, devices=n, shards=None))
     found += first("--tp", [n for n in powers if n > case.tp], lambda n: replace(case, tp=n))
+    if case.kv == MODEL and helps(replace(case, kv=INT8)):
+        found.append("--kv-dtype int8")
     if 0 < longest < document_tokens:
         found.append(f"a document of at most {longest:,} tokens")
     return tuple(found)
