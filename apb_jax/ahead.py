@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from apb_jax.attention.layout import bucket
 from apb_jax.attention.method import AttentionMethod
-from apb_jax.cache import DocumentCache, TailCache
+from apb_jax.cache import TailCache
 from apb_jax.decode import Asked, DecodePlan, DecodeState, decode_recipe, query_recipe
 from apb_jax.generation import Wanted
 from apb_jax.mesh import SP
 from apb_jax.prefill import PrefillRows, PrefillState, layer_groups, prefill_recipe
+from apb_jax.quantised_cache import AnyCache
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -31,7 +32,7 @@ def abstract(tree: Any) -> Any:
 
 
 def compile_ahead(
-    engine: Engine, method: AttentionMethod, rows: PrefillRows, cache: DocumentCache, query_tokens: int, wanted: Wanted
+    engine: Engine, method: AttentionMethod, rows: PrefillRows, cache: AnyCache, query_tokens: int, wanted: Wanted
 ) -> None:
     """Compile what a prefill of ``rows`` and the answer behind it need; returns when all is there.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import jax
@@ -28,6 +28,11 @@ class LayerKV:
         shape = (config.num_layers, batch, rows, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    def replaced(self, layer: Int[Array, ""], **parts: Array) -> Self:
+        """This cache with one layer of every array as given, by field."""
+        put = jax.lax.dynamic_update_index_in_dim
+        return replace(self, **{name: put(getattr(self, name), part, layer, 0) for name, part in parts.items()})
+
     def at(self, layer: Int[Array, ""]) -> CachedLayer:
         """One layer, where it lies."""
         return CachedLayer(self.k, self.v, layer)
@@ -46,8 +51,7 @@ class DocumentCache(LayerKV):
 
     def write(self, layer: Int[Array, ""], k: Float[Array, "B C K D"], v: Float[Array, "B C K D"]) -> DocumentCache:
         """This cache with one layer replaced."""
-        put = jax.lax.dynamic_update_index_in_dim
-        return DocumentCache(put(self.k, k, layer, 0), put(self.v, v, layer, 0))
+        return self.replaced(layer, k=k, v=v)
 
 
 @jax.tree_util.register_dataclass

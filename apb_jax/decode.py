@@ -15,8 +15,9 @@ from apb_jax.attention.decode import decode_on_device
 from apb_jax.attention.full import Full
 from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs
 from apb_jax.attention.method import AttentionMethod
-from apb_jax.cache import DocumentCache, TailCache
+from apb_jax.cache import TailCache
 from apb_jax.programs import Lengths, Programs, Recipe
+from apb_jax.quantised_cache import AnyCache
 from apb_jax.rope.string import StringRope
 from apb_jax.sampling import draw, greedy
 
@@ -99,7 +100,7 @@ def extend(
     weights: nnx.State,
     new: TailRows,
     lengths: Lengths,
-    cache: DocumentCache,
+    cache: AnyCache,
     tail: TailCache,
 ) -> tuple[Float[Array, "B M E"], TailCache]:
     """New tail tokens through all layers; inside a program."""
@@ -108,7 +109,7 @@ def extend(
 
     def attend(inputs: LayerInputs, tail: TailCache) -> tuple[Any, TailCache]:
         tail = tail.write(inputs.layer, new.slot, inputs.rotated()[1], inputs.v)
-        own_tail = tail.at(inputs.layer).alone()
+        own_tail = tail.at(inputs.layer).alone(inputs.v.dtype)
         if placement.local > 1 and plan.method is None and not isinstance(inputs.rope, StringRope):
             kept = lengths.kept_on_device()
             asked = (kept, own_tail, new.slot, new.query_tokens)
@@ -131,7 +132,7 @@ def extend(
         if placement.local == 1:
             return one_shard(cache.at(inputs.layer)), tail
         # Every shard gives the merged rows: one copy of them is enough.
-        alone = cache.at(inputs.layer).alone()
+        alone = cache.at(inputs.layer).alone(inputs.v.dtype)
         out = placement.each_shard(lambda k, v: one_shard(CachedLayer.of(k, v)), *alone)
         return out[:, : new.tokens.shape[1]], tail
 
@@ -147,7 +148,7 @@ def query(
     weights: nnx.State,
     tokens: Int[Array, "B M"],
     lengths: Lengths,
-    cache: DocumentCache,
+    cache: AnyCache,
     tail: TailCache,
 ) -> tuple[Float[Array, "B R V"], TailCache]:
     """The query over the sharded cache: logits of its last row (R = 1), or of all M rows; ``tail`` is donated."""
@@ -157,7 +158,7 @@ def query(
 def query_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
     """What ``Programs`` compiles for ``query``."""
 
-    def body(weights: Any, tokens: Any, lengths: Lengths, cache: DocumentCache, tail: TailCache) -> Any:
+    def body(weights: Any, tokens: Any, lengths: Lengths, cache: AnyCache, tail: TailCache) -> Any:
         asked = lengths.query_tokens
         new = TailRows(tokens, jnp.zeros_like(asked), asked, asked if plan.bottom_right else None)
         x, tail = extend(programs, plan, weights, new, lengths, cache, tail)
@@ -165,7 +166,7 @@ def query_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
             x = jnp.take_along_axis(x, (asked - 1)[:, None, None], axis=1)
         return programs.model(weights).logits(x, replace(programs.where, slices=programs.slices)), tail
 
-    caches, tails = DocumentCache.specs(), TailCache.specs()
+    caches, tails = cache.specs(), TailCache.specs()
     make = lambda: programs.traced(  # noqa: E731
         body, (programs.specs, P(), P(), caches, tails), (P(), tails), donate=(4,)
     )
@@ -173,7 +174,7 @@ def query_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
 
 
 def decode(
-    programs: Programs, plan: DecodePlan, weights: nnx.State, cache: DocumentCache, asked: Asked, state: DecodeState
+    programs: Programs, plan: DecodePlan, weights: nnx.State, cache: AnyCache, asked: Asked, state: DecodeState
 ) -> tuple[Int[Array, "B Q"], Float[Array, "Q B V"], DecodeState]:
     """Up to CHUNK tokens on the devices in one ``while_loop``; ends early when every request is done or has enough.
 
@@ -186,7 +187,7 @@ def decode(
 def decode_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
     """What ``Programs`` compiles for ``decode``."""
 
-    def body(weights: Any, cache: DocumentCache, asked: Asked, state: DecodeState) -> Any:
+    def body(weights: Any, cache: AnyCache, asked: Asked, state: DecodeState) -> Any:
         batch, vocabulary = state.token.shape[0], programs.config.vocab_size
         lengths, first = asked.lengths, state.made
 
@@ -215,6 +216,6 @@ def decode_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
 
     states = DecodeState.specs()
     make = lambda: programs.traced(  # noqa: E731
-        body, (programs.specs, DocumentCache.specs(), P(), states), (P(), P(), states), donate=(3,)
+        body, (programs.specs, cache.specs(), P(), states), (P(), P(), states), donate=(3,)
     )
     return "decode", plan, make

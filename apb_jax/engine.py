@@ -19,12 +19,12 @@ from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
 from apb_jax.attention.placement import ORDERS, Placement
 from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.batching import answer_batch, common_method
-from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer, Wanted, wanted_of
+from apb_jax.kv_codes import CODES
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
-from apb_jax.precision import FP8, Precision
+from apb_jax.precision import FP8, MODEL, Precision
 from apb_jax.prefill import PrefillRows, run
 from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt.codec import make_codec
@@ -133,6 +133,7 @@ class Engine:
         self.template = self.codec.frame.name if self.codec else NONE
         check_mesh(model, self.mesh)
         model = self.model = self._quantised(model)
+        check_kv(self.settings.precision.kv)
         if not self.settings.answers_only:
             self.check_method(batch=1)
         sizes = self.mesh.shape
@@ -140,7 +141,11 @@ class Engine:
         shared = beside is not None and beside.mesh == self.mesh and beside.model.fp8 == model.fp8
         self._home: Weights = beside._home if beside is not None and shared else Weights(model, self.mesh)
         self.programs: Programs
-        if beside is not None and shared and beside.programs.same(self.settings.kernels, slices):
+        if (
+            beside is not None
+            and shared
+            and beside.programs.same(self.settings.kernels, slices, self.settings.precision)
+        ):
             self.programs = beside.programs
         else:
             self.programs = Programs(
@@ -151,6 +156,7 @@ class Engine:
                 kernels=self.settings.kernels,
                 slices=slices,
                 compiler_options=CUBLAS_ONLY if model.fp8 and device.current().platform == "gpu" else None,
+                precision=self.settings.precision,
             )
         self.listen(progress)
 
@@ -306,7 +312,7 @@ class Engine:
         layout = method.layout(prompts, placement.shards)
         asked = np.asarray([len(p.query) for p in prompts], np.int32)
         lengths = programs.place(Lengths.of(layout, asked, placement))
-        cache = programs.zeros(DocumentCache, len(prompts), layout.shards * layout.kept_capacity, self.model.dtype)
+        cache = programs.document_cache(len(prompts), layout.shards * layout.kept_capacity, self.model.dtype)
         rows = PrefillRows(programs.place_rows(layout.positions, placement), lengths)
         tokens = programs.place_rows(layout.tokens, placement)
         weights = self.state  # read before the clock starts
@@ -315,6 +321,7 @@ class Engine:
         if wanted is not None:
             compile_ahead(self, method, rows, cache, max(len(p.query) for p in prompts), wanted)
         for done, state in run(programs, method, weights, tokens, rows, cache):
+            assert state.cache is not None  # it began with one
             cache = state.cache
             compiled = programs.compile_s - compiled_before
             compile_s += compiled
@@ -368,3 +375,16 @@ def check_mesh(model: LoadedModel, mesh: Mesh) -> None:
             raise UserError(
                 f"--tp {tp} does not divide {model.name}'s {size} {name}; nearest legal choice: --tp {legal[-1]}"
             )
+
+
+def check_kv(kv: str) -> None:
+    """Refuse 8-bit keys and values on a GPU that has no instruction for them; CPUs run the same arithmetic."""
+    here = device.current()
+    if kv not in CODES or here.compute_capability is None or here.compute_capability >= CODES[kv].capability:
+        return
+    legal = next((word for word, code in CODES.items() if here.compute_capability >= code.capability), MODEL)
+    own, least = (".".join(map(str, pair)) for pair in (here.compute_capability, CODES[kv].capability))
+    raise UserError(
+        f"--kv-dtype {kv} needs compute capability {least} or newer, {here.name} has {own}; "
+        f"nearest legal choice: --kv-dtype {legal}"
+    )

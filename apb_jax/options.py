@@ -14,7 +14,7 @@ from apb_jax.arguments import count, number
 from apb_jax.command import Parser
 from apb_jax.errors import UserError
 from apb_jax.files import check_input, check_output_folder, near_file, read_stdin, read_text, shown
-from apb_jax.precision import CHOICES, WORDS, Precision
+from apb_jax.precision import CHOICES, MODEL, WORDS, Precision
 from apb_jax.prompt.style import PromptStyle, parse_separator, parse_template_arg
 
 DEFAULT_SEQ = 8192
@@ -62,6 +62,13 @@ def add_precision(group: Any) -> None:
     group.add_argument(
         "--weights-dtype", choices=CHOICES["weights"], help="of the layers' matrices, in place of --precision's"
     )
+    group.add_argument(
+        "--kv-dtype",
+        type=lambda text: MODEL if text == "bf16" else text,
+        choices=CHOICES["kv"],
+        help="of the document's keys and values: fp8 or int8 with a scale a token and head, half the bytes in memory, "
+        "on disk and in APB's exchange (default: model, the dtype of --dtype)",
+    )
 
 
 def split_method(text: str) -> tuple[str, Precision | None]:
@@ -106,6 +113,7 @@ class RunConfig:
     dtype: str | None = None
     precision: str | None = None
     weights_dtype: str | None = None
+    kv_dtype: str | None = None
     compare: tuple[str, ...] = ()
     mass: bool = True
     repeat: int | None = None
@@ -188,7 +196,7 @@ class RunConfig:
     @property
     def precisions(self) -> Precision:
         """What ``--precision`` and the flags of its fields say."""
-        return Precision.of(self.precision, weights=self.weights_dtype)
+        return Precision.of(self.precision, weights=self.weights_dtype, kv=self.kv_dtype)
 
     @property
     def yarn_factor(self) -> float | None:
@@ -362,6 +370,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="reproduce the published code's causal mask of the query phase on shards without the query",
     )
     group.add_argument("--kernels", choices=KERNELS, default="auto", help="prefill attention; a name never falls back")
+    add_precision(group)
     group.add_argument(
         "--compare",
         type=arguments.names,

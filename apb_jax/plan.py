@@ -17,6 +17,7 @@ from apb_jax.arguments import length, number
 from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
 from apb_jax.options import PLACEMENTS, add_precision, gpu_memory
+from apb_jax.precision import MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,6 +100,7 @@ def make_plan(args: argparse.Namespace, model: LoadedModel) -> Plan:
         retaining_hidden=model.retaining_hidden,
         folded=model.fold_heads,
         fp8=fp8 or model.source.fp8,
+        kv=args.kv_dtype or MODEL,
     )
     limit = int(USABLE * (args.gpu_memory or figures.memory_bytes))
     return plan(case, [hypothetical(tokens)] * args.batch, limit, figures=figures, calibration=calibration)

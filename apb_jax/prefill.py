@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.inputs import LayerInputs
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.placement import Placement
-from apb_jax.cache import DocumentCache
 from apb_jax.mesh import SP
 from apb_jax.model.heads import FoldedRetainingHead
 from apb_jax.programs import Lengths, Programs, Recipe
+from apb_jax.quantised_cache import AnyCache
 
 GROUPS = 8
 """At most so many groups are the layers cut into: what progress is reported by."""
@@ -30,12 +30,12 @@ class PrefillState:
     """What goes from layer to layer, donated to each program: hidden rows, and the KV kept so far."""
 
     x: Float[Array, "B N*S E"]
-    cache: DocumentCache | None
+    cache: AnyCache | None
     """None: a layer's KV is dropped behind its attention."""
 
     def specs(self) -> PrefillState:
         """Rows over ``sp``."""
-        cache = None if self.cache is None else DocumentCache.specs()
+        cache = None if self.cache is None else self.cache.specs()
         return PrefillState(P(None, SP, None), cache)  # type: ignore[arg-type]
 
 
@@ -82,12 +82,14 @@ def layers_program(programs: Programs, method: AttentionMethod, count: int, kept
     ``kept``: a state of the structure that goes in and comes out.
     """
 
+    kernels = replace(programs.kernels, exchange=programs.precision.kv)
+
     def prefill_layers(weights: Any, state: PrefillState, rows: PrefillRows, start: Any) -> PrefillState:
         def one_shard(inputs: LayerInputs) -> tuple[Any, Any, Any]:
-            out, (k, v) = method.prefill(inputs, rows.lengths.shard(), programs.kernels)
+            out, (k, v) = method.prefill(inputs, rows.lengths.shard(), kernels)
             return out, k, v
 
-        def attend(inputs: LayerInputs, cache: DocumentCache | None) -> tuple[Any, DocumentCache | None]:
+        def attend(inputs: LayerInputs, cache: AnyCache | None) -> tuple[Any, AnyCache | None]:
             out, k, v = each_shard(rows.lengths.placement, one_shard, inputs)
             return out, None if cache is None else cache.write(inputs.layer, k, v)
 
@@ -117,7 +119,7 @@ def run(
     weights: nnx.State,
     tokens: Int[Array, "B N*S"],
     rows: PrefillRows,
-    cache: DocumentCache | None,
+    cache: AnyCache | None,
     size: int | None = None,
 ) -> Iterator[tuple[int, PrefillState]]:
     """(layers done, state) before the first and after every group of layers, each finished on the devices.

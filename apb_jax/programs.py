@@ -30,6 +30,8 @@ from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import Where
 from apb_jax.model.slices import WeightSlices
 from apb_jax.model.transformer import Transformer
+from apb_jax.precision import Precision
+from apb_jax.quantised_cache import AnyCache, cache_dtype, cache_kind
 from pallas_kernels.dispatch import record_choices
 from pallas_kernels.errors import KernelInputError, Unsupported
 
@@ -106,6 +108,7 @@ class Programs:
     slices: WeightSlices | None = None
     """Given where query and decoding steps use the weights as slices over ``sp``."""
     compiler_options: dict[str, Any] | None = None
+    precision: Precision = field(default_factory=Precision)
     compiled: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
     choices: dict[str, set[str]] = field(default_factory=dict)
     """Which implementations the ops of all programs so far took."""
@@ -120,9 +123,9 @@ class Programs:
     """The most bytes that a program called so far needs on a device, by the compiler's estimate; may be set back."""
     on_compile: Callable[[str], None] | None = None
 
-    def same(self, kernels: Kernels, slices: WeightSlices | None) -> bool:
+    def same(self, kernels: Kernels, slices: WeightSlices | None, precision: Precision) -> bool:
         """Whether programs of these settings would be the same ones."""
-        return (kernels, slices) == (self.kernels, self.slices)
+        return (kernels, slices, precision) == (self.kernels, self.slices, self.precision)
 
     @property
     def tp_axis(self) -> str | None:
@@ -220,10 +223,16 @@ class Programs:
         return sum(key[0] == name for key in self.compiled)
 
     def zeros(self, kind: type[Any], batch: int, rows: int, dtype: Any) -> Any:
-        """An empty ``DocumentCache`` or ``TailCache`` made on the devices, in its sharding."""
+        """An empty cache of this type made on the devices, in its sharding."""
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), kind.specs())
         make = lambda: jax.jit(lambda: kind.zeros(self.config, batch, rows, dtype), out_shardings=shardings)  # noqa: E731
         return self.call(kind.__name__, (batch, rows, dtype), make, ())
+
+    def document_cache(self, batch: int, rows: int, dtype: Any) -> AnyCache:
+        """An empty cache of the document in the type that the precision says; ``dtype``: the model's."""
+        kv = self.precision.kv
+        cache: AnyCache = self.zeros(cache_kind(kv), batch, rows, cache_dtype(kv, dtype))
+        return cache
 
 
 def compiled(

@@ -104,6 +104,8 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     mesh, method = make_mesh(sp, config.tp), MethodSpec(name, method_options(config))
     if jax.default_backend() == "cpu":
         check_host_memory(model.config.parameters * model.dtype.itemsize, mesh.shape[SP])
+    held = ", ".join(filter(None, (model.dtype.name, str(config.precisions))))
+    size = f"{model.config.parameters / 1e6:,.1f}M parameters, {held}, kernels {config.kernels}"
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
     settings = Settings(
         kernels=Kernels(None if config.kernels == "auto" else config.kernels),

@@ -12,11 +12,11 @@ import numpy as np
 from apb_jax.attention.inputs import Prompt
 from apb_jax.attention.layout import Layout
 from apb_jax.attention.method import AttentionMethod
-from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer, Generation, OnTokens, teacher_forced, wanted_of
 from apb_jax.programs import Lengths
 from apb_jax.prompt.ids import Text
+from apb_jax.quantised_cache import AnyCache
 from apb_jax.sampling import Sampler
 from apb_jax.typed import check_value
 
@@ -39,7 +39,7 @@ class Session:
     layout: Layout
     prompts: list[Prompt]
     lengths: Lengths
-    cache: DocumentCache
+    cache: AnyCache
     prefill_s: float
     compile_s: float
     notes: tuple[str, ...]

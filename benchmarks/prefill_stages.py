@@ -42,11 +42,11 @@ class NoExchange(APB):
     def scores(self, x: Any, k: Any, shard: Any) -> Any:
         return jnp.zeros(k.shape[:3], jnp.float32)
 
-    def exchange(self, scores: Any, k: Any, v: Any, shard: Any) -> Any:
+    def exchange(self, scores: Any, k: Any, v: Any, shard: Any, *kernels: Any) -> Any:
         slots = (shard.count - 1) * self.passing_tokens
         return None, k[:, :slots], v[:, :slots]
 
-    def exchange_with_anchor(self, scores: Any, k: Any, v: Any, shard: Any) -> Any:
+    def exchange_with_anchor(self, scores: Any, k: Any, v: Any, shard: Any, *kernels: Any) -> Any:
         anchor = k[:, : self.anchor_tokens], v[:, : self.anchor_tokens]
         return None, anchor, self.exchange(scores, k, v, shard)[1:]
 

@@ -60,6 +60,7 @@ class ModelArgs:
     heads: str | None = None
     dtype: str | None = None
     precision: str | None = None
+    kv_dtype: str | None = None
     split: str | int = "auto"
     max_length: int | None = None
     max_gen_toks: int = 256
@@ -94,7 +95,7 @@ class ModelArgs:
             self.dtype,
             self.sp,
             self.tp,
-            precision=Precision.of(self.precision),
+            precision=Precision.of(self.precision, kv=self.kv_dtype),
         )
 
 

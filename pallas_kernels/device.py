@@ -62,6 +62,16 @@ def refuse_before_ampere(device: Device) -> str | None:
     return None
 
 
+def refuse_before_ada(device: Device) -> str | None:
+    """The reason why e4m3 values cannot be converted on ``device``, or None if they can."""
+    if device.platform != "gpu" or device.compute_capability is None:
+        return f"needs an NVIDIA GPU, the default device is {device.name}"
+    if device.compute_capability < (8, 9):
+        major, minor = device.compute_capability
+        return f"needs compute capability 8.9 (Ada) or newer for e4m3, {device.name} has {major}.{minor}"
+    return None
+
+
 MISCOMPILING_CUDA = range(12080, 12091)  # CUDA 12.8.0 to 12.9.0; JAX's own attention_mgpu refuses the same
 
 

@@ -27,7 +27,7 @@ ORDER = [
         "apb_jax.install",
     ),
     ("apb_jax.model.weights", "apb_jax.model.families", "apb_jax.model.hf_keys", "apb_jax.model.config"),
-    ("apb_jax.cache", "apb_jax.attention", "apb_jax.virtual"),
+    ("apb_jax.cache", "apb_jax.kv_codes", "apb_jax.quantised_cache", "apb_jax.attention", "apb_jax.virtual"),
     ("apb_jax.model",),
     ("apb_jax.presets", "apb_jax.sampling"),
     ("apb_jax.weights", "apb_jax.programs"),
@@ -63,6 +63,8 @@ COMMANDS_OF_KERNELS = ("pallas_kernels.tune",)
 WIDE = (
     "pallas_kernels.block_sparse_attention.triton_kernel.block_sparse_rows",
     "pallas_kernels.decode_attention.mosaic_gpu._kernel",
+    "pallas_kernels.decode_attention.triton_kernel._step",
+    "pallas_kernels.decode_attention.triton_kernel.decode_8bit",
     "pallas_kernels.flash_attention.mosaic_gpu._kernel",
     "pallas_kernels.flash_attention.triton_kernel._attend_range",
     "pallas_kernels.flash_attention.triton_kernel.flash_attention_rows",

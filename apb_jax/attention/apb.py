@@ -25,6 +25,7 @@ from apb_jax.attention.method import ONE_SHARD, AttentionMethod, Capabilities, S
 from apb_jax.attention.query_scores import WINDOW, query_scores
 from apb_jax.attention.reconstruct_scores import CHUNK, reconstruct_scores
 from apb_jax.attention.shared_anchor import anchor_edge, gather_with_anchor, share_anchor
+from apb_jax.attention.wire import pack, unpack
 from apb_jax.errors import UserError
 from apb_jax.rope.base import rope_table
 from pallas_kernels.flash_attention import RowSegment, flash_attention
@@ -262,7 +263,12 @@ class APB(AttentionMethod):
         )
 
     def exchange(
-        self, scores: Float[Array, "B S K"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], shard: Shard
+        self,
+        scores: Float[Array, "B S K"],
+        k: Float[Array, "B S K D"],
+        v: Float[Array, "B S K D"],
+        shard: Shard,
+        kernels: Kernels = Kernels(),  # noqa: B008 - frozen
     ) -> tuple[Int[Array, "B P K"], Float[Array, "B TP K D"], Float[Array, "B TP K D"]]:
         """Select, ``all_gather`` (one, K and V together), and put the earlier shards' tokens right-aligned.
 
@@ -270,8 +276,8 @@ class APB(AttentionMethod):
         this shard and later ones empty on the left.
         """
         index, k_sel, v_sel = select_topk(scores, k, v, self.passing_tokens)
-        everything = shard.placement.all_gather(jnp.concatenate([k_sel, v_sel], axis=-1), axis=1, tiled=True)
-        k_passing, v_passing = jnp.split(self.earlier(everything, shard), 2, axis=-1)
+        everything = shard.placement.all_gather(pack(k_sel, v_sel, kernels.exchange), axis=1, tiled=True)
+        k_passing, v_passing = unpack(self.earlier(everything, shard), kernels.exchange, k.dtype)
         return index, k_passing, v_passing
 
     def exchange_with_anchor(
@@ -280,20 +286,20 @@ class APB(AttentionMethod):
         k: Float[Array, "B S K D"],
         v: Float[Array, "B S K D"],
         shard: Shard,
+        kernels: Kernels = Kernels(),  # noqa: B008 - frozen
     ) -> tuple[Int[Array, "B P K"] | None, KeptKV, KeptKV | None]:
         """The same with a shared anchor, whose keys and values travel along: (selected rows, anchor, passing block)."""
         rows = self.anchor_rows(shard)
-        both = jnp.concatenate([k, v], axis=-1)
-        index, chosen = None, both[:, :0]
+        mine = pack(k[:, :rows], v[:, :rows], kernels.exchange)
+        index, chosen = None, mine[:, :0]
         if scores is not None:
             index, *pair = select_topk(scores, k[:, rows:], v[:, rows:], self.passing_tokens)
-            index, chosen = index + rows, jnp.concatenate(pair, axis=-1)
-        anchor, everything = gather_with_anchor(both[:, :rows], chosen, self.anchor_tokens, shard)
-        k_anchor, v_anchor = jnp.split(anchor, 2, axis=-1)
+            index, chosen = index + rows, pack(pair[0], pair[1], kernels.exchange)
+        anchor, everything = gather_with_anchor(mine, chosen, self.anchor_tokens, shard)
+        whole = unpack(anchor, kernels.exchange, k.dtype)
         if scores is None:
-            return index, (k_anchor, v_anchor), None
-        k_passing, v_passing = jnp.split(self.earlier(everything, shard), 2, axis=-1)
-        return index, (k_anchor, v_anchor), (k_passing, v_passing)
+            return index, whole, None
+        return index, whole, unpack(self.earlier(everything, shard), kernels.exchange, k.dtype)
 
     def earlier(self, everything: Float[Array, "B NP K E"], shard: Shard) -> Float[Array, "B TP K E"]:
         """Of all shards' selections those of earlier ones, right-aligned behind empty slots."""
@@ -358,9 +364,9 @@ class APB(AttentionMethod):
                 scores = self.scores(x, k, shard)
         with jax.named_scope("apb_exchange"):
             if self.shared_anchor and rows:
-                index, anchor, passing = self.exchange_with_anchor(scores, k, x.v, shard)
+                index, anchor, passing = self.exchange_with_anchor(scores, k, x.v, shard, kernels)
             elif scores is not None:
-                index, *pair = self.exchange(scores, k, x.v, shard)
+                index, *pair = self.exchange(scores, k, x.v, shard, kernels)
                 passing = (pair[0], pair[1])
             if index is not None and local.positions is not None:
                 places = self.exchange_positions(index, local.positions, shard)

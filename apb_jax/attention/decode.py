@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -32,7 +33,7 @@ def attend_shard(
     offset = None
     if query_tokens is not None:
         offset = jnp.where(owner, document.k.shape[2], kept_tokens - query_tokens)  # all rows: hides nothing
-    local = decode_attention(q, document.k, document.v, kept_tokens, offset, layer=document.layer)
+    local = decode_attention(q, *document.stacks(), kept_tokens, offset, layer=document.layer)
     rows = jnp.full_like(tail_offset, tail[0].shape[1])
     new, new_lse = decode_attention(q, *tail, lengths=rows, causal_offset=tail_offset)
     return merge_partials([local, (new, jnp.where(owner, new_lse, -jnp.inf))])
@@ -73,9 +74,8 @@ def decode_on_device(
     if query_tokens is not None:
         offset = jnp.where(last, document.k.shape[2], kept_tokens - query_tokens[:, None]).reshape(-1)
     many = jnp.repeat(q, count, axis=0)
-    out, lse = decode_attention(
-        many, fold(document.k), fold(document.v), kept_tokens.reshape(-1), offset, layer=document.layer
-    )
+    k, v = jax.tree.map(fold, document.stacks())
+    out, lse = decode_attention(many, k, v, kept_tokens.reshape(-1), offset, layer=document.layer)
     outs, lses = out.reshape(batch, count, rows, *out.shape[2:]), lse.reshape(batch, count, *lse.shape[1:])
     slots = jnp.full_like(tail_offset, tail[0].shape[1])
     new, new_lse = decode_attention(q, *tail, lengths=slots, causal_offset=tail_offset)
@@ -112,7 +112,7 @@ def attend_remapped(
     if cached.query_tokens is not None:
         hidden = stop + row - cached.query_tokens[:, None] + 1
         stop = jnp.where(owner, stop, jnp.minimum(stop, hidden))
-    local = part(cached.document.alone(), cached.kept_positions, stop)
+    local = part(cached.document.alone(x.q.dtype), cached.kept_positions, stop)
     slots = jnp.arange(cached.tail[0].shape[1], dtype=jnp.int32)[None]
     new, lse = part(cached.tail, cached.tail_position[:, None] + slots, cached.tail_offset[:, None] + row + 1)
     return merge_partials([local, (new, jnp.where(owner, lse, -jnp.inf))])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from apb_jax.attention.placement import Placement
 from apb_jax.errors import UserError
+from apb_jax.kv_codes import dequantise
+from apb_jax.precision import MODEL
 from apb_jax.rope.base import Rope, rotate
 from apb_jax.typed import check_types
+from pallas_kernels.decode_attention import Codes
 from pallas_kernels.flash_attention import IMPLEMENTATIONS
 
 KeptKV = tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
@@ -24,6 +27,8 @@ class Kernels:
     """Which implementations the ops of ``pallas_kernels`` use; None lets each op choose."""
 
     attention: str | None = None
+    exchange: str = MODEL
+    """In which type APB's keys and values travel between shards: the word of ``Precision.kv``."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -113,14 +118,28 @@ class LayerInputs:
 class CachedLayer:
     """One layer of a cache, left in its stack: few rows attend to it where it lies."""
 
-    k: Float[Array, "L B rows K D"]
-    v: Float[Array, "L B rows K D"]
+    k: Shaped[Array, "L B rows K D"]
+    v: Shaped[Array, "L B rows K D"]
     layer: Int[Array, ""]
+    k_scale: Float[Array, "L B rows K"] | None = None
+    """Given, like ``v_scale``, where keys and values are 8-bit codes (``kv_codes.py``)."""
+    v_scale: Float[Array, "L B rows K"] | None = None
 
-    def alone(self) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
-        """K and V of this layer, as copies unless XLA fuses them."""
-        take = jax.lax.dynamic_index_in_dim
-        return take(self.k, self.layer, keepdims=False), take(self.v, self.layer, keepdims=False)
+    def stacks(self) -> tuple[Any, Any]:
+        """K and V of all layers as ``decode_attention`` takes them."""
+        if self.k_scale is None or self.v_scale is None:
+            return self.k, self.v
+        return Codes(self.k, self.k_scale), Codes(self.v, self.v_scale)
+
+    def alone(self, dtype: Any) -> tuple[Float[Array, "B rows K D"], Float[Array, "B rows K D"]]:
+        """K and V of this layer, as copies unless XLA fuses them; codes as the values in ``dtype`` they stand for."""
+
+        def take(array: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
+
+        if self.k_scale is None or self.v_scale is None:
+            return take(self.k), take(self.v)
+        return dequantise(take(self.k), take(self.k_scale), dtype), dequantise(take(self.v), take(self.v_scale), dtype)
 
     @classmethod
     def of(cls, k: Float[Array, "B rows K D"], v: Float[Array, "B rows K D"]) -> CachedLayer:

@@ -91,7 +91,7 @@ class StarX(Star):
             out, lse = attend_shard(q, *seen, shard, query_tokens=cached.query_tokens)
         if shard.count == 1:
             return out.astype(q.dtype)
-        keys = cached.document.alone()[0]
+        keys = cached.document.alone(q.dtype)[0]
         # The mean of the anchor's keys, from shard 0 to all: the first key that every shard's scorer sees.
         anchor = jnp.minimum(self.anchor_tokens or self.block_tokens or shard.block_rows, cached.kept_tokens)
         inside = (jnp.arange(keys.shape[1], dtype=jnp.int32) < anchor[:, None])[..., None, None]

@@ -97,7 +97,7 @@ class Streaming(AttentionMethod):
         stop = jnp.broadcast_to(cached.kept_tokens[:, None], oldest.shape)
         tail_first = jnp.maximum(oldest - cached.tail_position[:, None], 0)
         row = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-        document = cached.document.alone()
+        document = cached.document.alone(x.q.dtype)
 
         def part(query: Array, kv: tuple[Array, Array], first: Array, end: Array) -> tuple[Array, Array]:
             place = jnp.zeros(kv[0].shape[:3], jnp.int32)

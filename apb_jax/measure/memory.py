@@ -19,9 +19,11 @@ from apb_jax.attention.method import AttentionMethod, Setup
 from apb_jax.attention.placement import Placement
 from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.errors import UserError
+from apb_jax.kv_codes import CODES, SCALE_BYTES
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import CHUNK_ROWS
 from apb_jax.model.weights import head_facts, weight_facts, weights_of
+from apb_jax.precision import MODEL
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -54,6 +56,8 @@ class Case:
     fp8: bool = False
     """Whether the layers' matrices are held in e4m3."""
     query_at: int = 0
+    kv: str = MODEL
+    """The type of the document's keys and values: the word of ``Precision.kv``."""
 
     @classmethod
     def of(cls, engine: Engine) -> Case:
@@ -72,6 +76,7 @@ class Case:
             folded=model.fold_heads,
             fp8=model.fp8,
             query_at=setup.query_at,
+            kv=settings.precision.kv,
         )
 
     @property
@@ -203,6 +208,15 @@ def exchange_bytes(case: Case, method: AttentionMethod, layout: Layout) -> int:
     return (2 * slots + 2 * placement.local * slots) * kv_row
 
 
+def document_kv_bytes(case: Case, rows: int) -> int:
+    """The cache of ``rows`` document tokens: 8-bit codes with their scales, or the model's own dtype."""
+    config = case.config
+    if case.kv not in CODES:
+        return config.kv_bytes_per_token(case.itemsize) // case.tp * rows
+    row = CODES[case.kv].dtype.itemsize * config.head_dim + SCALE_BYTES
+    return 2 * config.num_layers * config.num_kv_heads // case.tp * row * rows
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the fullest device by component, for one batch of requests."""
@@ -227,7 +241,7 @@ def memory_of(
     return Memory(
         {
             "weights": weight_bytes(case),
-            "document_kv": kv * local * layout.kept_capacity,
+            "document_kv": document_kv_bytes(case, batch * local * layout.kept_capacity),
             "activations": activation_bytes(case, rows, scored=scored),
             "exchange": exchange_bytes(case, method, layout),
             "tail_kv": kv * tail,

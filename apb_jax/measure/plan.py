@@ -21,7 +21,7 @@ from apb_jax.measure.memory import (
     weight_bytes,
 )
 from apb_jax.measure.seconds import Expected, expected
-from apb_jax.precision import FP8, MODEL
+from apb_jax.precision import FP8, INT8, MODEL
 from apb_jax.weights.quantised import refusal as refusal_of_fp8
 from pallas_kernels.device import HOPPER
 
@@ -78,6 +78,7 @@ class Plan:
             "limit_bytes": self.limit,
             "longest_document_tokens": self.longest,
             "components": self.memory.components,
+            "kv_dtype": self.case.kv,
             "seconds": None if self.expected is None else self.expected.seconds,
             "seconds_from": None if self.expected is None else self.expected.basis,
             "would_fit": list(self.remedies),
@@ -143,6 +144,8 @@ def remedies(case: Case, document_tokens: int, limit: int, longest: int, asked: 
     more = [n for n in powers if n > case.devices]
     found += first("--sp", more, lambda n: replace(case, devices=n, shards=None))
     found += first("--tp", [n for n in powers if n > case.tp], lambda n: replace(case, tp=n))
+    if case.kv == MODEL and helps(replace(case, kv=INT8)):
+        found.append("--kv-dtype int8")
     if 0 < longest < document_tokens:
         found.append(f"a document of at most {longest:,} tokens")
     return tuple(found)

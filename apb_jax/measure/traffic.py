@@ -12,11 +12,11 @@ import numpy as np
 
 from apb_jax.attention.inputs import Prompt
 from apb_jax.attention.method import AttentionMethod
-from apb_jax.cache import DocumentCache
 from apb_jax.engine import Engine
 from apb_jax.mesh import SP
 from apb_jax.prefill import PrefillRows, PrefillState, layers_program
 from apb_jax.programs import Lengths
+from apb_jax.quantised_cache import cache_dtype, cache_kind
 
 COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum", "pmax", "reduce_scatter")
 
@@ -56,7 +56,8 @@ def layer_traffic(engine: Engine, method: AttentionMethod, prompts: list[Prompt]
     layout = method.layout(prompts, shards)
     batch, _, rows = layout.tokens.shape
     shape = jax.ShapeDtypeStruct
-    cache = jax.eval_shape(lambda: DocumentCache.zeros(config, batch, layout.kept_capacity * shards, dtype))
+    kv, kept = engine.settings.precision.kv, layout.kept_capacity * shards
+    cache = jax.eval_shape(lambda: cache_kind(kv).zeros(config, batch, kept, cache_dtype(kv, dtype)))
     lengths = Lengths.of(layout, np.asarray([len(p.query) for p in prompts], np.int32), placement)
     hidden, places = shape((batch, rows * shards, config.hidden_size), dtype), shape((batch, rows * shards), np.int32)
     rows_in = PrefillRows(places, lengths)  # type: ignore[arg-type]

@@ -94,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group.add_argument("--set", action="append", type=_setting, default=[], metavar="FIELD=VALUE")
     group.add_argument("--kernels", choices=KERNELS, default="auto")
+    add_precision(group)
 
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
@@ -137,7 +138,7 @@ def parse(argv: list[str] | None = None) -> ServeConfig:
     """A ServeConfig from a command line; UserError for what is wrong with it."""
     given: dict[str, Any] = vars(make_parser().parse_args(argv))
     names = (
-        "model weights heads template system separator dtype precision weights_dtype sp tp shards placement "
+        "model weights heads template system separator dtype precision weights_dtype kv_dtype sp tp shards placement "
         "slice_decode kernels"
     ).split()
     run = RunConfig(

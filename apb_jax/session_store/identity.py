@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.registry import MethodSpec
 from apb_jax.errors import UserError
+from apb_jax.precision import CHOICES, MODEL
 from apb_jax.session_store.manifest import Manifest, SavedMethod
 from apb_jax.weights.fingerprint import text_fingerprint, tokenizer_fingerprint
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 FREE = ("max_positions", "bos_id", "eos_ids")
 """Facts of a model's configuration that change neither KV nor logits."""
 LEFT_OPEN = "left open"
+PRECISIONS = tuple(f"{name}_dtype" for name in CHOICES)
+"""Facts that stand in a manifest where they are not the model's own dtype."""
 
 
 def identity(engine: Engine) -> dict[str, Any]:
@@ -32,6 +35,7 @@ def identity(engine: Engine) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(codec.tokenizer) if codec else None,
         "template": frame,
         "bottom_right_query": engine.settings.bottom_right_query,
+        **{f"{name}_dtype": value for name, value in engine.settings.precision.changed.items()},
     }
 
 
@@ -61,7 +65,8 @@ def check_engine(engine: Engine, manifest: Manifest, folder: object) -> None:
 
 def _compare(folder: object, saved: dict[str, Any], here: dict[str, Any]) -> None:
     for name in (*here, *(name for name in saved if name not in here)):
-        ours, theirs = here.get(name), saved.get(name)
+        unsaid = MODEL if name in PRECISIONS else None
+        ours, theirs = here.get(name, unsaid), saved.get(name, unsaid)
         if ours != theirs:
             raise UserError(f"{folder} was saved with {name} {theirs!r}, here it is {ours!r}")
 

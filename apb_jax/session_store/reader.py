@@ -17,13 +17,13 @@ from apb_jax.attention.inputs import Prompt
 from apb_jax.attention.layout import Layout
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.registry import METHODS
-from apb_jax.cache import DocumentCache
 from apb_jax.decode import DecodePlan
 from apb_jax.errors import UserError
-from apb_jax.mesh import SP, TP
+from apb_jax.kv_codes import CODES
 from apb_jax.prefill import layer_groups
 from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt.ids import as_ids
+from apb_jax.quantised_cache import AnyCache
 from apb_jax.session import Session
 from apb_jax.session_store.folders import touch
 from apb_jax.session_store.identity import check_engine
@@ -78,9 +78,9 @@ def load_steps(
     asked = np.asarray([len(prompt.query) for prompt in prompts], np.int32)
     rows = [at for at, _ in rows_in_order(layout, engine.placement)]
     target = Target(engine.programs, rows, layout.shards * layout.kept_capacity)
-    cache = engine.programs.zeros(DocumentCache, len(prompts), target.rows, engine.model.dtype)
-    for layer, k, v in _layers(folder, manifest, target):
-        cache = target.put(cache, layer, k, v)
+    cache = engine.programs.document_cache(len(prompts), target.rows, engine.model.dtype)
+    for layer, arrays in _layers(folder, manifest, target, tuple(vars(cache))):
+        cache = target.put(cache, layer, arrays)
         engine.progress("load session", layer + 1, manifest.layers)
         if (layer + 1) % (manifest.layers // layer_groups(manifest.layers)) == 0:
             jax.block_until_ready(cache)
@@ -128,16 +128,16 @@ class Target:
     order: list[np.ndarray]
     rows: int
 
-    def put(self, cache: DocumentCache, layer: int, k: np.ndarray, v: np.ndarray) -> DocumentCache:
-        """The cache with one layer from the host; the old one is donated."""
-        spec = P(None, SP, TP, None)
-        specs = DocumentCache.specs()
-        place = self.programs.place
+    def put(self, cache: AnyCache, layer: int, arrays: dict[str, np.ndarray]) -> AnyCache:
+        """The cache with one layer from the host, by field of the cache; the old one is donated."""
+        specs, place = cache.specs(), self.programs.place
+        parts = {name: P(*getattr(specs, name)[1:]) for name in arrays}
         make = lambda: self.programs.traced(  # noqa: E731
-            lambda cache, layer, k, v: cache.write(layer, k, v), (specs, P(), spec, spec), specs, donate=(0,)
+            lambda cache, layer, arrays: cache.replaced(layer, **arrays), (specs, P(), parts), specs, donate=(0,)
         )
-        args = (cache, place(np.int32(layer)), *(place(one, spec) for one in (k, v)))
-        return self.programs.call("load", None, make, args)
+        placed = {name: place(array, parts[name]) for name, array in arrays.items()}
+        loaded: AnyCache = self.programs.call("load", None, make, (cache, place(np.int32(layer)), placed))
+        return loaded
 
 
 def _layout(
@@ -175,12 +175,15 @@ def _read_prompts(folder: Path, manifest: Manifest) -> tuple[list[Prompt], list[
     return prompts, [tensors[f"{b}.positions"] for b in range(len(prompts))]
 
 
-def _layers(folder: Path, manifest: Manifest, target: Target) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(layer, K, V) [B, rows, K, D] as the engine lays them out; the next files are read meanwhile."""
+def _layers(
+    folder: Path, manifest: Manifest, target: Target, names: tuple[str, ...]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(layer, arrays [B, rows, K, ...] of the cache by field) as the engine lays them out; the next files are read
+    meanwhile."""
 
     def read(first: int) -> list[dict[str, np.ndarray]]:
-        names = [kv_file(request, first) for request in range(len(target.order))]
-        return [read_checked(folder / name, manifest.files[name]) for name in names]
+        files = [kv_file(request, first) for request in range(len(target.order))]
+        return [read_checked(folder / file, manifest.files[file]) for file in files]
 
     firsts = range(0, manifest.layers, manifest.group)
     with ThreadPoolExecutor(1) as reader:
@@ -190,8 +193,7 @@ def _layers(folder: Path, manifest: Manifest, target: Target) -> Iterator[tuple[
             if first + manifest.group < manifest.layers:
                 ahead = reader.submit(read, first + manifest.group)
             for layer in range(first, min(first + manifest.group, manifest.layers)):
-                k, v = (_laid_out([one[f"{layer}.{name}"] for one in group], target) for name in "kv")
-                yield layer, k, v
+                yield layer, {name: _laid_out([one[f"{layer}.{name}"] for one in group], target) for name in names}
 
 
 def _laid_out(requests: list[np.ndarray], target: Target) -> np.ndarray:
@@ -221,7 +223,8 @@ def read_documents(folder: Path, manifest: Manifest) -> list[np.ndarray]:
 def read_checked(path: Path, facts: FileFacts) -> dict[str, np.ndarray]:
     """The tensors of a file whose bytes are those that were saved; UserError else."""
     data = checked_bytes(path, facts)
-    kinds: dict[str, Any] = {**DTYPES, "I32": np.dtype(np.int32)}
+    codes = {"F8_E4M3": CODES["fp8"].dtype, "I8": CODES["int8"].dtype}
+    kinds: dict[str, Any] = {**DTYPES, **codes, "I32": np.dtype(np.int32)}
     return {
         entry.name: data[entry.offset : entry.offset + entry.nbytes].view(kinds[entry.dtype]).reshape(entry.shape)
         for entry in read_header(path)

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import save as as_safetensors
 
 from apb_jax import __version__
-from apb_jax.cache import DocumentCache
 from apb_jax.errors import UserError
+from apb_jax.quantised_cache import AnyCache
 from apb_jax.session_store.identity import identity, saved_method
 from apb_jax.session_store.manifest import FORMAT, PROMPTS, FileFacts, Manifest, kv_file
 from apb_jax.session_store.rows import rows_in_order
@@ -49,7 +49,7 @@ def save(session: Session, folder: str | Path, beside: Mapping[str, bytes] | Non
     rows = rows_in_order(session.layout, session.lengths.placement)
     kept = [len(at) for at, _ in rows]
     layers = cache.k.shape[0]
-    layer_bytes = 2 * sum(kept) * int(np.prod(cache.k.shape[3:])) * cache.k.dtype.itemsize
+    layer_bytes = sum(kept) * sum(int(np.prod(a.shape[3:])) * a.dtype.itemsize for a in vars(cache).values())
     group = max(1, min(layers, GROUP_BYTES // max(1, layer_bytes)))
     require_space(folder, layers * layer_bytes)
     facts = identity(engine) | {"weights": engine.fingerprint}
@@ -97,11 +97,11 @@ def _prompts(session: Session, positions: list[np.ndarray]) -> dict[str, np.ndar
     return tensors
 
 
-def _group(cache: DocumentCache, rows: list[np.ndarray], first: int, count: int) -> list[dict[str, np.ndarray]]:
-    """For every request its K and V, [kept, K, D] a layer, of ``count`` layers."""
+def _group(cache: AnyCache, rows: list[np.ndarray], first: int, count: int) -> list[dict[str, np.ndarray]]:
+    """For every request its K and V, [kept, K, D] a layer, of ``count`` layers; of 8-bit codes the scales too."""
     out: list[dict[str, np.ndarray]] = [{} for _ in rows]
     for layer in range(first, first + count):
-        for name, array in (("k", cache.k), ("v", cache.v)):
+        for name, array in vars(cache).items():
             whole = layer_on_host(array, layer)
             for b, at in enumerate(rows):
                 out[b][f"{layer}.{name}"] = whole[b, at]
@@ -109,7 +109,7 @@ def _group(cache: DocumentCache, rows: list[np.ndarray], first: int, count: int)
 
 
 def layer_on_host(array: jax.Array, layer: int) -> np.ndarray:
-    """One layer [B, rows, K, D] of a cache, from wherever its rows and heads lie."""
+    """One layer [B, rows, K, ...] of a cache's array, from wherever its rows and heads lie."""
     whole = np.empty(array.shape[1:], array.dtype)
     for part in array.addressable_shards:
         whole[part.index[1:]] = np.asarray(part.data[layer])

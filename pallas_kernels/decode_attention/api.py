@@ -5,13 +5,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.compat import vary_over, varying_axes
 from pallas_kernels.decode_attention import mosaic_gpu as mosaic_backend
-from pallas_kernels.decode_attention.call import make_call
+from pallas_kernels.decode_attention import triton as triton_backend
+from pallas_kernels.decode_attention.call import Codes, make_call
 from pallas_kernels.decode_attention.reference import reference
 from pallas_kernels.decode_attention.xla import xla
 from pallas_kernels.dispatch import Implementation, accepts_all, choose
 
 IMPLEMENTATIONS = (
     Implementation("mosaic_gpu", mosaic_backend.mosaic_gpu, mosaic_backend.refuse),
+    Implementation("triton", triton_backend.triton, triton_backend.refuse),
     Implementation("xla", xla, accepts_all),
     Implementation("reference", reference, accepts_all, automatic=False),
 )
@@ -19,8 +21,8 @@ IMPLEMENTATIONS = (
 
 def decode_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Codes,
+    v: jax.Array | Codes,
     lengths: jax.Array,
     causal_offset: jax.Array | None = None,
     *,
@@ -33,7 +35,8 @@ def decode_attention(
     Args:
       q: [B, M, H, D]; one row a decoding step, up to a few hundred in the query phase.
       k, v: [B, T, K, D]; query head h uses KV head h // (H // K). Slots at or beyond ``lengths`` may
-        hold anything, NaN too. With ``layer``: stacks of all layers, [L, B, T, K, D].
+        hold anything, NaN too. With ``layer``: stacks of all layers, [L, B, T, K, D]. Or both ``Codes`` of 8 bits with
+        scales float32 [B, T, K] ([L, B, T, K]): a key is its codes times its scale.
       lengths: int32 [B], valid slots per batch entry; 0 is allowed.
       causal_offset: None, or int32 [B]: row i sees key j only if j <= i + causal_offset[b].
       layer: None, or an int32 scalar: which layer of the stacks, which is read where it lies.

@@ -17,6 +17,7 @@ from jax import lax
 from pallas_kernels import tuned
 from pallas_kernels.compat import array_type, load_smem, transpose_smem
 from pallas_kernels.decode_attention.call import DecodeCall
+from pallas_kernels.decode_attention.parts import merged, packed
 from pallas_kernels.device import Device, current, refuse_unless_hopper
 from pallas_kernels.flash_attention import mosaic_gpu as prefill
 from pallas_kernels.flash_attention.call import AttentionCall
@@ -41,6 +42,8 @@ def refuse(call: DecodeCall, device: Device) -> str | None:
     """Why the kernel cannot serve the call on the device, or None if it can."""
     if reason := refuse_unless_hopper(device):
         return reason
+    if call.quantised:
+        return f"reads caches of 16 bits, k has {call.k.dtype}"
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, q has {call.q.dtype}"
     if (dim := call.q.shape[-1]) not in (64, 128):
@@ -163,11 +166,9 @@ def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
     layer = jnp.zeros((1,), jnp.int32) if call.layer is None else call.layer[None]
     keys, kv_heads = call.keys, call.kv_heads
     group = heads // kv_heads
-    packed = call.q.reshape(batch, rows, kv_heads, group, dim).swapaxes(1, 2)
-    packed = packed.reshape(batch, kv_heads, rows * group, dim)
     row_tiles = -(-rows * group // TILE_ROWS)
     missing = row_tiles * TILE_ROWS - rows * group
-    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    q = jnp.pad(packed(call.q, kv_heads), ((0, 0), (0, 0), (0, missing), (0, 0)))
     wanted = MULTIPROCESSORS * config.blocks_per_multiprocessor // (batch * kv_heads * row_tiles)
     parts = max(1, min(wanted, -(-keys // config.block_keys)))
     causal = call.causal_offset is not None
@@ -203,21 +204,8 @@ def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
         num_threads=2,
         thread_name="groups",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(packed, k, v, call.lengths, offset, layer)
-    out, lse = out[:, :, :, : rows * group], lse[:, :, :, : rows * group]
-    peak = lse.max(axis=2, keepdims=True)
-    weights = jnp.exp(lse - jnp.where(jnp.isneginf(peak), 0.0, peak))
-    total = weights.sum(axis=2)
-    seen = total != 0  # true for NaN, which must not pass for a row that saw nothing
-    safe = jnp.where(seen, total, 1.0)
-    merged = (out * weights[..., None]).sum(axis=2) / safe[..., None]
-    merged_lse = jnp.where(seen, peak[:, :, 0] + jnp.log(safe), -jnp.inf)
-
-    def unpacked(array):  # [B, K, M * G, ...] -> [B, M, H, ...]
-        array = array.reshape(batch, kv_heads, rows, group, *array.shape[3:])
-        return array.swapaxes(1, 2).reshape(batch, rows, heads, *array.shape[4:])
-
-    return unpacked(merged), unpacked(merged_lse).swapaxes(1, 2)
+    )(q, k, v, call.lengths, offset, layer)
+    return merged(out[:, :, :, : rows * group], lse[:, :, :, : rows * group], rows)
 
 
 def mosaic_gpu(call: DecodeCall, config: Config | None = None) -> tuple[jax.Array, jax.Array]:

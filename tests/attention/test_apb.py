@@ -155,8 +155,8 @@ def test_garbage_in_padding_and_dead_anchor_changes_no_bit(model: Any, scorer: s
 class FilledSlots(apb_jax.APB):
     """APB whose unused passing slots hold NaN."""
 
-    def exchange(self, scores: Any, k: Any, v: Any, shard: Any) -> Any:
-        index, *pair = super().exchange(scores, k, v, shard)
+    def exchange(self, scores: Any, k: Any, v: Any, shard: Any, *kernels: Any) -> Any:
+        index, *pair = super().exchange(scores, k, v, shard, *kernels)
         unused = jnp.arange(pair[0].shape[1]) < (shard.count - 1 - shard.index) * self.passing_tokens
         return index, *(jnp.where(unused[None, :, None, None], jnp.nan, x) for x in pair)
 
@@ -262,8 +262,8 @@ def test_first_rows_of_the_document_are_never_passed(model: Any) -> None:
     seen: list[np.ndarray] = []
 
     class Recording(apb_jax.APB):
-        def exchange(self, scores: Any, k: Any, v: Any, shard: Any) -> Any:
-            result = super().exchange(scores, k, v, shard)
+        def exchange(self, scores: Any, k: Any, v: Any, shard: Any, *kernels: Any) -> Any:
+            result = super().exchange(scores, k, v, shard, *kernels)
             jax.debug.callback(lambda i, r: seen.append((int(r), np.asarray(i))), result[0], shard.index)
             return result
 

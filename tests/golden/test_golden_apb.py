@@ -233,7 +233,14 @@ def test_apb_partials(replay: Any, name: Path, reading: str) -> None:
             def attend(inputs: Any, carry: Any) -> Any:
                 q, k = inputs.rotated()
                 tail = carry[0].write(inputs.layer, zero, k, inputs.v)
-                args = (q, cache.at(inputs.layer), lengths.kept(shard), tail.at(inputs.layer).alone(), zero, shard)
+                args = (
+                    q,
+                    cache.at(inputs.layer),
+                    lengths.kept(shard),
+                    tail.at(inputs.layer).alone(q.dtype),
+                    zero,
+                    shard,
+                )
                 quirk = lengths.query_tokens if reading == "query_code" else None
                 out, lse = attend_shard(*args, query_tokens=quirk)
                 merged = decode_sharded(*args, query_tokens=quirk)

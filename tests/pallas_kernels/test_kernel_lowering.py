@@ -160,7 +160,7 @@ def test_triton_kernels_compile_to_machine_code():
     )
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout)
-    names = {"flash_attention_rows", "block_sparse_attention"}
+    names = {"flash_attention_rows", "block_sparse_attention", "decode_8bit"}
     for capability, target, shared in ((80, "sm_80", 99 * 1024), (90, "sm_90a", 227 * 1024)):
         mine = [kernel for kernel in kernels if kernel["capability"] == capability]
         assert {kernel["kernel"] for kernel in mine} == names

@@ -9,10 +9,14 @@ import pytest
 import triton_interpreter
 from attention_cases import Case, apb_case, check, error, exact, make_inputs, random_tiles
 
+from apb_jax.kv_codes import CODES, quantise
 from pallas_kernels import triton_launch
 from pallas_kernels.block_sparse_attention import Blocks, block_sparse_attention
 from pallas_kernels.block_sparse_attention import triton as block_sparse_triton
 from pallas_kernels.block_sparse_attention.call import make_call as block_sparse_call
+from pallas_kernels.decode_attention import Codes, decode_attention
+from pallas_kernels.decode_attention import triton as decode_triton
+from pallas_kernels.decode_attention.call import make_call as decode_call
 from pallas_kernels.flash_attention import RowSegment
 from pallas_kernels.flash_attention import triton as flash_triton
 from pallas_kernels.flash_attention.call import make_call
@@ -64,6 +68,46 @@ def test_block_sparse(rows, keys, block_q, block_k, aligned, columns):
     )
     assert error(out, want[0]) <= 2 * max(error(plain[0], want[0]), 2**-11)
     assert error(lse, want[1]) <= 1e-5
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("kind", "rows", "causal"), [("fp8", 1, False), ("fp8", 40, True), ("int8", 3, True)], ids=str)
+def test_decode_8bit(kind, rows, causal):
+    """A layer of a stack, rows that see nothing, NaN scales behind the lengths; against the values of the codes."""
+    rng = np.random.default_rng(6)
+    q = jnp.asarray(rng.standard_normal((2, rows, 4, 16)) * 50, jnp.float16)
+    stacks = [jnp.asarray(rng.standard_normal((3, 2, 150, 2, 16)), jnp.float32) for _ in range(2)]
+    (k, k_scale), (v, v_scale) = (quantise(a.at[..., 7, :, 3].set(1e4), CODES[kind]) for a in stacks)
+    lengths, layer = jnp.asarray([150, 61]), jnp.int32(2)
+    offset = jnp.asarray([150 - rows, -2]) if causal else None
+    behind = jnp.arange(150)[:, None] >= lengths[None, :, None, None]
+    spoiled = [jnp.where(behind, jnp.nan, s) for s in (k_scale, v_scale)]
+    hostile = (Codes(a, s) for a, s in zip((k, v), spoiled, strict=True))
+    out, lse = decode_triton.triton(decode_call(q, *hostile, lengths, offset, 0.002, layer))
+    named = {"layer": layer, "scale": 0.002, "implementation": "reference"}
+    want, want_lse = decode_attention(q, Codes(k, k_scale), Codes(v, v_scale), lengths, offset, **named)
+    assert error(out, want) <= 1e-3
+    assert error(lse, want_lse) <= 1e-4
+
+
+def test_mapped_decoding_reads_its_own_stack():
+    """Under vmap, as methods with a decode rule of their own have it on virtual shards."""
+    rng = np.random.default_rng(7)
+    q = jnp.asarray(rng.standard_normal((3, 2, 1, 4, 16)), jnp.float16)
+    stacks = [jnp.asarray(rng.standard_normal((3, 2, 2, 40, 2, 16)), jnp.float32) for _ in range(2)]
+    k, v = (Codes(*quantise(a, CODES["fp8"])) for a in stacks)
+    lengths, layer = jnp.asarray([[40, 3], [7, 0], [25, 40]]), jnp.asarray([0, 1, 1])
+
+    def shard(q, k, v, lengths, layer):
+        return decode_triton.triton(decode_call(q, k, v, lengths, None, None, layer))
+
+    arrays = q, k, v, lengths, layer
+    got = jax.vmap(shard)(*arrays)
+    for at in range(3):
+        own, keys, values, length, number = jax.tree.map(lambda a: a[at], arrays)  # noqa: B023
+        want = decode_attention(own, keys, values, length, layer=number, implementation="reference")
+        assert error(got[0][at], want[0]) <= 1e-3
+        assert error(got[1][at], want[1]) <= 1e-4
 
 
 def test_mapped_calls_are_one_launch():

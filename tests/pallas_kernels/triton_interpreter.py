@@ -18,7 +18,7 @@ class HostTensor:
     """A flat numpy array between margins, with those methods of a PyTorch tensor that the interpreter calls."""
 
     def __init__(self, array: np.ndarray):
-        assert array.dtype.name in ("float16", "float32", "int32"), array.dtype
+        assert array.dtype.name in ("float16", "float32", "int32", "int8", "float8_e4m3fn"), array.dtype
         self.shape, self.dtype = array.shape, array.dtype
         self.bytes = np.full(2 * MARGIN + array.nbytes, 0xFF, np.uint8)
         self.bytes[MARGIN : MARGIN + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

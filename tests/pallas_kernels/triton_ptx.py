@@ -19,11 +19,21 @@ from pallas_kernels import triton_launch
 from pallas_kernels.block_sparse_attention import Blocks, KeyTiles
 from pallas_kernels.block_sparse_attention import triton as block_sparse_triton
 from pallas_kernels.block_sparse_attention.call import make_call as block_sparse_call
+from pallas_kernels.decode_attention import Codes
+from pallas_kernels.decode_attention import triton as decode_triton
+from pallas_kernels.decode_attention.call import make_call as decode_call
 from pallas_kernels.flash_attention import RowSegment
 from pallas_kernels.flash_attention import triton as flash_triton
 from pallas_kernels.flash_attention.call import make_call as flash_call
 
-TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
+TYPES = {
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "float32": "*fp32",
+    "int32": "*i32",
+    "int8": "*i8",
+    "float8_e4m3fn": "*fp8e4nv",
+}
 
 
 def launches_of(run, *shapes) -> list:
@@ -59,7 +69,12 @@ def flash(q, k, v, bounds):
     return flash_triton.forward(flash_call(q, k, v, rows, None))
 
 
-def cases():
+def decode(q, k, v, k_scale, v_scale, lengths, offset, layer):
+    codes = Codes(k, k_scale), Codes(v, v_scale)
+    return decode_triton.triton(decode_call(q, *codes, lengths, offset, None, layer))
+
+
+def cases(capability: int):
     """(function, shapes of its arguments) at the sizes of a prefill: the most registers and shared memory."""
     kv = tuple(array(1, length, 2, 128) for length in (70, 130, 200))
     yield flash, array(1, 330, 8, 128), kv, kv, array(6, dtype=jnp.int32)
@@ -74,11 +89,17 @@ def cases():
 
         yield run, q, kv, kv, *((entries, counts) * (1 + columns))
 
+    for code in (jnp.int8, jnp.float8_e4m3fn) if capability >= 89 else (jnp.int8,):
+        for rows in (1, 64):
+            stack, scale = array(2, 1, 4096, 8, 128, dtype=code), array(2, 1, 4096, 8, dtype=jnp.float32)
+            bound, layer = array(1, dtype=jnp.int32), array(dtype=jnp.int32)
+            yield decode, array(1, rows, 32, 128), stack, stack, scale, scale, bound, bound, layer
+
 
 def main() -> None:
     rows = []
     for capability in map(int, sys.argv[1:]):
-        for run, *shapes in cases():
+        for run, *shapes in cases(capability):
             for launch, dtypes in launches_of(run, *shapes):
                 kernel = compiled(launch, dtypes, capability)
                 rows.append(
