@@ -23,7 +23,7 @@ from apb_jax.errors import UserError
 from apb_jax.generation import Answer
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
-from apb_jax.precision import Precision
+from apb_jax.precision import FP8, Precision
 from apb_jax.prefill import PrefillRows, run
 from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt.codec import make_codec
@@ -32,6 +32,9 @@ from apb_jax.prompt.style import NONE, PromptStyle
 from apb_jax.session import Session, is_batch
 from apb_jax.weights.checkpoint import LoadedModel
 from apb_jax.weights.fingerprint import fingerprint
+from pallas_kernels import device
+from pallas_kernels.flash_attention.eight_bit import EightBit
+from pallas_kernels.flash_attention.mosaic_gpu import refuse_arrays
 
 
 class Progress(Protocol):
@@ -114,6 +117,7 @@ class Engine:
         self.codec = make_codec(model.tokenizer, model.name, self.settings.prompt_style) if model.tokenizer else None
         self.template = self.codec.frame.name if self.codec else NONE
         check_mesh(model, self.mesh)
+        kernels = kernels_of(self.settings, model)
         if not self.settings.answers_only:
             self.check_method(batch=1)
         sizes = self.mesh.shape
@@ -121,7 +125,7 @@ class Engine:
         shared = beside is not None and beside.mesh == self.mesh
         self._home: Weights = beside._home if beside is not None and shared else Weights(model, self.mesh)
         self.programs: Programs
-        if beside is not None and shared and beside.programs.same(self.settings.kernels, slices):
+        if beside is not None and shared and beside.programs.same(kernels, slices):
             self.programs = beside.programs
         else:
             self.programs = Programs(
@@ -129,7 +133,7 @@ class Engine:
                 graph=model.graph(),
                 specs=model.partitions(),
                 mesh=self.mesh,
-                kernels=self.settings.kernels,
+                kernels=kernels,
                 slices=slices,
             )
         self.listen(progress)
@@ -324,3 +328,13 @@ def check_mesh(model: LoadedModel, mesh: Mesh) -> None:
             raise UserError(
                 f"--tp {tp} does not divide {model.name}'s {size} {name}; nearest legal choice: --tp {legal[-1]}"
             )
+
+
+def kernels_of(settings: Settings, model: LoadedModel) -> Kernels:
+    """The kernels with the precision of attention; refused where a GPU cannot multiply so. CPUs emulate it."""
+    if settings.precision.attention != FP8:
+        return settings.kernels
+    here = device.current()
+    if here.platform == "gpu" and (reason := refuse_arrays(model.dtype, model.config.head_dim, here)):
+        raise UserError(f"--attention-dtype {FP8}: {reason}; nearest legal choice: --attention-dtype model")
+    return replace(settings.kernels, eight=EightBit())

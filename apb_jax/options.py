@@ -14,6 +14,7 @@ from apb_jax.arguments import count, number
 from apb_jax.command import Parser
 from apb_jax.errors import UserError
 from apb_jax.files import check_input, check_output_folder, near_file, read_stdin, read_text, shown
+from apb_jax.precision import CHOICES, MODEL, Precision
 from apb_jax.prompt.style import PromptStyle, parse_separator, parse_template_arg
 
 DEFAULT_SEQ = 8192
@@ -56,6 +57,17 @@ def parse_bytes(text: str) -> int:
     return int(match[1]) * {"m": 2**20, "g": 2**30}[match[2]]
 
 
+def add_precision(group: Any) -> None:
+    """The flags of `Precision` to a parser or a group of one."""
+    group.add_argument(
+        "--attention-dtype",
+        type=lambda text: MODEL if text == "bf16" else text,
+        choices=CHOICES["attention"],
+        help="of the products of the prefill's attention: fp8 on Hopper, emulated on CPUs (default: model, the dtype "
+        "of --dtype)",
+    )
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One run of ``python -m apb_jax.run``; see ``--help`` for the meaning of the fields."""
@@ -88,6 +100,7 @@ class RunConfig:
     temperature: float = 0.0
     top_p: float = 1.0
     dtype: str | None = None
+    attention_dtype: str | None = None
     compare: tuple[str, ...] = ()
     mass: bool = True
     repeat: int | None = None
@@ -135,6 +148,11 @@ class RunConfig:
             raise UserError("--no-mass leaves a measurement of --compare out; add --compare METHOD, or drop it")
         if self.method == "auto" and self.method_options:
             raise UserError(f"--method auto decides itself; drop {sorted(self.method_options)} or name a method")
+
+    @property
+    def precisions(self) -> Precision:
+        """What the flags of its fields say."""
+        return Precision.of(None, attention=self.attention_dtype)
 
     def _check_session(self) -> None:
         """What goes together with a session that is saved or loaded."""
@@ -325,6 +343,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="reproduce the published code's causal mask of the query phase on shards without the query",
     )
     group.add_argument("--kernels", choices=KERNELS, default="auto", help="prefill attention; a name never falls back")
+    add_precision(group)
     group.add_argument(
         "--compare",
         type=arguments.names,

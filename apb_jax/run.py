@@ -99,7 +99,8 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     mesh, method = make_mesh(sp, config.tp), MethodSpec(name, method_options(config))
     if jax.default_backend() == "cpu":
         check_host_memory(model.config.parameters * model.dtype.itemsize, mesh.shape[SP])
-    size = f"{model.config.parameters / 1e6:,.1f}M parameters, {model.dtype.name}, kernels {config.kernels}"
+    held = ", ".join(filter(None, (model.dtype.name, str(config.precisions))))
+    size = f"{model.config.parameters / 1e6:,.1f}M parameters, {held}, kernels {config.kernels}"
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"
     settings = Settings(
         kernels=Kernels(None if config.kernels == "auto" else config.kernels),
@@ -109,6 +110,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         slice_decode=config.slice_decode,
         bottom_right_query=config.bottom_right_query,
         answers_only=config.session is not None,
+        precision=config.precisions,
     )
     with screen.StageBar(console) as bar:
         engine = Engine(model, method, mesh, settings=settings, progress=bar)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from apb_jax.errors import UserError
+from apb_jax.precision import Precision
 
 
 class EvalError(UserError):
@@ -150,6 +151,8 @@ class SystemSpec:
     shards: int | None = None
     length: int | None = None
     """Tokens of the longest prompt: what method "auto" is chosen for."""
+    precision: Precision = field(default_factory=Precision)
+    """In which types the engine holds and multiplies."""
 
 
 class Task(Protocol):

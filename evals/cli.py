@@ -13,6 +13,8 @@ from apb_jax.arguments import count, lengths, one_of, output_folder, seed, shard
 from apb_jax.command import Parser, command
 from apb_jax.files import read_json, read_text, write_text
 from apb_jax.json_text import parse_json
+from apb_jax.options import add_precision
+from apb_jax.precision import Precision
 from apb_jax.synthetic.packaged import NOVEL
 from evals.base import EvalError, Generator, LogProbs, SystemSpec, Task, require_choice
 from evals.datahelp import WHERE
@@ -135,6 +137,7 @@ def _benchmark(commands, name: str, text: str, run: Callable) -> argparse.Argume
     parser.add_argument("--weights", help="folder of other weights, or 'random'")
     parser.add_argument("--heads", help="file with retaining heads")
     parser.add_argument("--dtype", type=one_of(("bf16", "float32")), help="bf16 or float32")
+    add_precision(parser)
     parser.add_argument("--sp", type=shards, help="devices along the sequence (default: all; 8 simulated)")
     parser.add_argument("--tp", type=tensor_devices, default=1, help="devices along the heads")
     parser.add_argument(
@@ -158,7 +161,8 @@ def _spec(args: argparse.Namespace) -> SystemSpec:
             raise EvalError(f"--set {item!r}: expected METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
         options.setdefault(found.group(1), {})[found.group(2)] = _value(found.group(3))
     where = (args.sp, args.tp, args.shards, max(args.seq))
-    return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, *where)
+    precision = Precision.of(None, attention=args.attention_dtype)
+    return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, *where, precision=precision)
 
 
 def _value(text: str) -> Any:

@@ -121,6 +121,7 @@ class EngineSystem:
         import jax
 
         engine, device = self._engine, jax.devices()[0]
+        precision = engine.settings.precision
         return {
             "model": engine.model.name,
             "model_path": self._spec.model,
@@ -130,6 +131,7 @@ class EngineSystem:
             **({} if self._reason is None else {"chosen": engine.method.name, "reason": self._reason}),
             "method_options": self._spec.options.get(self._method, {}),
             "dtype": engine.model.dtype.name,
+            **({"precision": dataclasses.asdict(precision)} if precision.changed else {}),
             "tokenizer": self.tokens.name,
             "begin_token_added": bool(self._opening),
             "mesh": dict(engine.mesh.shape),
@@ -176,7 +178,8 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
     model = load(spec.model, weights=spec.weights, heads=spec.heads, dtype=spec.dtype)
     if model.tokenizer is None:
         raise UserError(f"model {spec.model!r} has no tokenizer; benchmarks need one")
-    engines = Beside(Engine(model, "full", mesh, prompt_style=PromptStyle("none"), shards=spec.shards))
+    style, precision = PromptStyle("none"), spec.precision
+    engines = Beside(Engine(model, "full", mesh, prompt_style=style, shards=spec.shards, precision=precision))
 
     def system(name: str) -> EngineSystem:
         if name != AUTO:
@@ -185,7 +188,9 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
         chosen = MethodSpec(found.method)
         shards = chosen.shards_on(found.devices, spec.shards if found.devices == mesh.shape[SP] else None)
         place = mesh if found.devices == mesh.shape[SP] else make_mesh(found.devices, spec.tp)
-        engine = Engine(model, chosen, place, prompt_style=PromptStyle("none"), shards=shards, beside=engines.first)
+        engine = Engine(
+            model, chosen, place, prompt_style=style, shards=shards, precision=precision, beside=engines.first
+        )
         return EngineSystem(engine, spec, name, found.reason)
 
     return system

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from apb_jax.attention.placement import Placement
 from apb_jax.rope.base import Rope, rotate
+from pallas_kernels.flash_attention.eight_bit import EightBit
 
 KeptKV = tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
 
@@ -21,6 +22,12 @@ class Kernels:
     """Which implementations the ops of ``pallas_kernels`` use; None lets each op choose."""
 
     attention: str | None = None
+    eight: EightBit | None = None
+    """Which products of the prefill's attention take 8-bit operands; None: none."""
+
+
+DEFAULT_KERNELS = Kernels()
+"""Every op chooses; no product in 8 bits."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from apb_jax.arguments import number
 from apb_jax.command import Parser
 from apb_jax.errors import UserError
-from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _setting
+from apb_jax.options import KERNELS, PLACEMENTS, RunConfig, _setting, add_precision
 from apb_jax.prompt.style import parse_separator, parse_template_arg
 
 DEFAULT = "default"
@@ -86,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--separator", type=parse_separator, metavar="TEXT", help=r"between document and question (default: \n\n)"
     )
     group.add_argument("--dtype", choices=("bf16", "float32"), help="default: bf16 on GPUs, float32 on CPUs")
+    add_precision(group)
 
     group = parser.add_argument_group("mesh and method")
     group.add_argument(
@@ -133,7 +134,10 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None = None) -> ServeConfig:
     """A ServeConfig from a command line; UserError for what is wrong with it."""
     given: dict[str, Any] = vars(make_parser().parse_args(argv))
-    names = "model weights heads template system separator dtype sp tp shards placement slice_decode kernels".split()
+    names = (
+        "model weights heads template system separator dtype attention_dtype sp tp shards placement slice_decode "
+        "kernels"
+    ).split()
     run = RunConfig(
         method=given.pop("method") or DEFAULT, options=tuple(given.pop("set")),
         template_args=tuple(given.pop("template_args")),

@@ -59,6 +59,7 @@ def make_engine(config: ServeConfig) -> Engine:
         shards=method.shards_on(mesh.shape[SP], run.shards),
         placement=run.placement,
         slice_decode=run.slice_decode,
+        precision=run.precisions,
     )
     _ = engine.state  # the weights are read now, not by the first request
     return engine

@@ -28,6 +28,7 @@ def identity(engine: Engine) -> dict[str, Any]:
     return {
         **{name: value if isinstance(value, int | float | str) else repr(value) for name, value in facts.items()},
         "dtype": engine.model.dtype.name,
+        **{f"{name}_dtype": value for name, value in engine.settings.precision.changed.items()},
         "tokenizer": tokenizer_fingerprint(codec.tokenizer) if codec else None,
         "template": frame,
         "bottom_right_query": engine.settings.bottom_right_query,

@@ -49,11 +49,16 @@ class Config:
 
 def refuse(call: AttentionCall, device: Device) -> str | None:
     """Why the kernel cannot serve the call on the device, or None if it can."""
+    return refuse_arrays(call.q.dtype, call.q.shape[-1], device)
+
+
+def refuse_arrays(dtype: jax.typing.DTypeLike, dim: int, device: Device) -> str | None:
+    """Why the kernel cannot serve queries of this type and head dimension on the device, or None if it can."""
     if reason := refuse_unless_hopper(device):
         return reason
-    if call.q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16, q has {call.q.dtype}"
-    if (dim := call.q.shape[-1]) not in (64, 128):
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, q has {dtype}"
+    if dim not in (64, 128):
         return f"takes head dimension 64 or 128, q has {dim}"
     return None
 
@@ -121,7 +126,7 @@ def _kernel(
 ):  # fmt: skip
     """One block of threads; see the module docstring. ``scratch``: shared memory and barriers.
 
-    ``row_scale`` [B, H, rows]: of the scores, times log2(e), where q and k are 8-bit; ``value_scale`` [B, H] where v is.
+    ``row_scale`` [B, H, rows]: of the scores, times log2(e) (8-bit q and k); ``value_scale`` [B, H] (8-bit v).
     """
     (q_smem, k_smem, v_smem, lse_smem, out_smem), (q_ready, k_ready, v_ready), (k_free, v_free) = scratch
     block_keys, stages = config.block_keys, config.stages
