@@ -36,6 +36,8 @@ from apb_jax.weights.checkpoint import LoadedModel
 from apb_jax.weights.fingerprint import fingerprint
 from apb_jax.weights.quantised import refusal as refusal_of_fp8
 from pallas_kernels import device
+from pallas_kernels.flash_attention.eight_bit import EightBit
+from pallas_kernels.flash_attention.mosaic_gpu import refuse_arrays
 from pallas_kernels.float8 import CUBLAS_ONLY
 
 
@@ -134,6 +136,7 @@ class Engine:
         check_mesh(model, self.mesh)
         model = self.model = self._quantised(model)
         check_kv(self.settings.precision.kv)
+        kernels = kernels_of(self.settings, model)
         if not self.settings.answers_only:
             self.check_method(batch=1)
         sizes = self.mesh.shape
@@ -141,11 +144,7 @@ class Engine:
         shared = beside is not None and beside.mesh == self.mesh and beside.model.fp8 == model.fp8
         self._home: Weights = beside._home if beside is not None and shared else Weights(model, self.mesh)
         self.programs: Programs
-        if (
-            beside is not None
-            and shared
-            and beside.programs.same(self.settings.kernels, slices, self.settings.precision)
-        ):
+        if beside is not None and shared and beside.programs.same(kernels, slices, self.settings.precision):
             self.programs = beside.programs
         else:
             self.programs = Programs(
@@ -153,7 +152,7 @@ class Engine:
                 graph=model.graph(),
                 specs=model.partitions(),
                 mesh=self.mesh,
-                kernels=self.settings.kernels,
+                kernels=kernels,
                 slices=slices,
                 compiler_options=CUBLAS_ONLY if model.fp8 and device.current().platform == "gpu" else None,
                 precision=self.settings.precision,
@@ -388,3 +387,13 @@ def check_kv(kv: str) -> None:
         f"--kv-dtype {kv} needs compute capability {least} or newer, {here.name} has {own}; "
         f"nearest legal choice: --kv-dtype {legal}"
     )
+
+
+def kernels_of(settings: Settings, model: LoadedModel) -> Kernels:
+    """The kernels with the precision of attention; refused where a GPU cannot multiply so. CPUs emulate it."""
+    if settings.precision.attention != FP8:
+        return settings.kernels
+    here = device.current()
+    if here.platform == "gpu" and (reason := refuse_arrays(model.dtype, model.config.head_dim, here)):
+        raise UserError(f"--attention-dtype {FP8}: {reason}; nearest legal choice: --attention-dtype model")
+    return replace(settings.kernels, eight=EightBit())

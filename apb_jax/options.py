@@ -69,6 +69,13 @@ def add_precision(group: Any) -> None:
         help="of the document's keys and values: fp8 or int8 with a scale a token and head, half the bytes in memory, "
         "on disk and in APB's exchange (default: model, the dtype of --dtype)",
     )
+    group.add_argument(
+        "--attention-dtype",
+        type=lambda text: MODEL if text == "bf16" else text,
+        choices=CHOICES["attention"],
+        help="of the products of the prefill's attention: fp8 on Hopper, emulated on CPUs (default: model, the dtype "
+        "of --dtype)",
+    )
 
 
 def split_method(text: str) -> tuple[str, Precision | None]:
@@ -114,6 +121,7 @@ class RunConfig:
     precision: str | None = None
     weights_dtype: str | None = None
     kv_dtype: str | None = None
+    attention_dtype: str | None = None
     compare: tuple[str, ...] = ()
     mass: bool = True
     repeat: int | None = None
@@ -196,7 +204,9 @@ class RunConfig:
     @property
     def precisions(self) -> Precision:
         """What ``--precision`` and the flags of its fields say."""
-        return Precision.of(self.precision, weights=self.weights_dtype, kv=self.kv_dtype)
+        return Precision.of(
+            self.precision, weights=self.weights_dtype, kv=self.kv_dtype, attention=self.attention_dtype
+        )
 
     @property
     def yarn_factor(self) -> float | None:

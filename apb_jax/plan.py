@@ -17,7 +17,6 @@ from apb_jax.arguments import length, number
 from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
 from apb_jax.options import PLACEMENTS, add_precision, gpu_memory
-from apb_jax.precision import MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,7 +83,8 @@ def make_plan(args: argparse.Namespace, model: LoadedModel) -> Plan:
             f"nearest legal choice: --gpus {max(1, round(args.gpus / args.tp)) * args.tp}"
         )
     figures, calibration = device_figures(args.gpu, model)
-    fp8 = Precision.of(args.precision, weights=args.weights_dtype).weights == FP8
+    precision = Precision.of(args.precision, weights=args.weights_dtype, kv=args.kv_dtype)
+    fp8 = precision.weights == FP8
     if fp8 and (reason := refusal_of_fp8(model.config, HOPPER, tp=args.tp)):
         raise UserError(f"{args.model} with fp8 weights: {reason}; nearest legal choice: --weights-dtype model")
     devices, method = args.gpus // args.tp, MethodSpec(args.method)
@@ -100,7 +100,7 @@ def make_plan(args: argparse.Namespace, model: LoadedModel) -> Plan:
         retaining_hidden=model.retaining_hidden,
         folded=model.fold_heads,
         fp8=fp8 or model.source.fp8,
-        kv=args.kv_dtype or MODEL,
+        kv=precision.kv,
     )
     limit = int(USABLE * (args.gpu_memory or figures.memory_bytes))
     return plan(case, [hypothetical(tokens)] * args.batch, limit, figures=figures, calibration=calibration)

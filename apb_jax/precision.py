@@ -16,7 +16,7 @@ FP8 = "fp8"
 """e4m3 with float32 scales."""
 INT8 = "int8"
 """8-bit integers with float32 scales."""
-CHOICES: dict[str, tuple[str, ...]] = {"weights": (MODEL, FP8), "kv": (MODEL, FP8, INT8), "attention": (MODEL,)}
+CHOICES: dict[str, tuple[str, ...]] = {"weights": (MODEL, FP8), "kv": (MODEL, FP8, INT8), "attention": (MODEL, FP8)}
 """What each field of `Precision` can be."""
 WORDS = ("bf16", FP8)
 """Recipes by one word: everything in the model's own dtype; 8-bit floats wherever there are any."""

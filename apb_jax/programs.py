@@ -215,6 +215,12 @@ class Programs:
                 f"--kernels {wanted}: not all attention of this prefill goes through flash_attention, which the "
                 f"name is for; it uses {other or 'none of the kernels'}; nearest legal choice: --kernels auto"
             )
+        if name == "prefill" and self.kernels.eight is not None and (not used or "block_sparse_attention" in chosen):
+            other = ", ".join(sorted(chosen)) or "none of the kernels"
+            raise UserError(
+                f"--attention-dtype fp8: not all attention of this prefill goes through flash_attention, which alone "
+                f"has 8-bit products; it uses {other}; nearest legal choice: --attention-dtype model"
+            )
         for op, names in chosen.items():
             self.choices.setdefault(op, set()).update(names)
 

@@ -165,7 +165,9 @@ def _spec(args: argparse.Namespace) -> SystemSpec:
             raise EvalError(f"--set {item!r}: expected METHOD.NAME=VALUE with METHOD one of {', '.join(methods)}")
         options.setdefault(found.group(1), {})[found.group(2)] = _value(found.group(3))
     joining = Joining(args.coordinator, args.processes, args.process)
-    precision = Precision.of(args.precision, weights=args.weights_dtype, kv=args.kv_dtype)
+    precision = Precision.of(
+        args.precision, weights=args.weights_dtype, kv=args.kv_dtype, attention=args.attention_dtype
+    )
     where = (args.sp, args.tp, args.shards, max(args.seq), joining, precision)
     return SystemSpec(args.model, methods, options, args.weights, args.heads, args.dtype, *where)
 

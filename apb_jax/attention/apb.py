@@ -346,7 +346,9 @@ class APB(AttentionMethod):
         ranges = [one for one in (passing, anchor, block) if one]
         keys, values = tuple(one[0] for one in ranges), tuple(one[1] for one in ranges)
         if remapped is None:
-            return flash_attention(q, keys, values, tuple(segments), implementation=kernels.attention)
+            return flash_attention(
+                q, keys, values, tuple(segments), implementation=kernels.attention, eight=kernels.eight
+            )
         queries, passed = remapped
         assert queries.positions is not None
         places = [passed] if passing else []

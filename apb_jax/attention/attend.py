@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from apb_jax.attention.inputs import LayerInputs
+from apb_jax.attention.inputs import DEFAULT_KERNELS, Kernels, LayerInputs
 from apb_jax.attention.remapped import Border, Interval, remapped_attention
 from apb_jax.rope.base import rope_table, rotate
 from apb_jax.rope.string import StringRope
@@ -60,12 +60,12 @@ def project(x: LayerInputs) -> tuple[Queries, Keys]:
 
 
 def attend(
-    queries: Queries, ranges: Sequence[Keys], rows: Sequence[RowSegment], implementation: str | None = None
+    queries: Queries, ranges: Sequence[Keys], rows: Sequence[RowSegment], kernels: Kernels = DEFAULT_KERNELS
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B H S"]]:
     """(out in the queries' dtype, lse_nat) of ``flash_attention``'s row intervals over up to three key ranges."""
     k, v = tuple(r.k for r in ranges), tuple(r.v for r in ranges)
     if queries.rope is None:
-        return flash_attention(queries.near, k, v, tuple(rows), implementation=implementation)
+        return flash_attention(queries.near, k, v, tuple(rows), implementation=kernels.attention, eight=kernels.eight)
     assert queries.far is not None
     assert queries.positions is not None
     keys = jnp.concatenate(k, axis=1)

@@ -50,5 +50,5 @@ class Full(AttentionMethod):
         # A static offset on one shard: backends that know only aligned causal masks can then serve the call.
         offset = shard.index * queries.rows if shard.count > 1 else 0
         rows = RowSegment(queries.rows, start=0, offset=offset, end=everything.tokens)
-        out, _ = attend(queries, (everything,), (rows,), kernels.attention)
+        out, _ = attend(queries, (everything,), (rows,), kernels)
         return out, (keys.k, keys.v)

@@ -132,7 +132,7 @@ class InfLLM(AttentionMethod):
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:
         q, k = x.rotated()
         rows, window, step = q.shape[1], self.local_tokens, self.step_tokens
-        near = sliding_window(Queries(q), Keys(k, x.v), window, kernels.attention)
+        near = sliding_window(Queries(q), Keys(k, x.v), window, kernels)
         if rows <= window:
             return near[0].astype(q.dtype), (k, x.v)
         size, first, batch = self.block_tokens, min(self.init_tokens, rows), q.shape[0]
@@ -176,7 +176,10 @@ class InfLLM(AttentionMethod):
                 ),
             )
             return merge_partials(
-                [flash_attention(mine, (a,), (b,), (c,), implementation=kernels.attention) for a, b, c in parts]
+                [
+                    flash_attention(mine, (a,), (b,), (c,), implementation=kernels.attention, eight=kernels.eight)
+                    for a, b, c in parts
+                ]
             )
 
         outs, lses = jax.lax.map(one, jnp.arange(rows // step, dtype=jnp.int32))

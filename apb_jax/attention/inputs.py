@@ -18,6 +18,7 @@ from apb_jax.rope.base import Rope, rotate
 from apb_jax.typed import check_types
 from pallas_kernels.decode_attention import Codes
 from pallas_kernels.flash_attention import IMPLEMENTATIONS
+from pallas_kernels.flash_attention.eight_bit import EightBit
 
 KeptKV = tuple[Float[Array, "B C K D"], Float[Array, "B C K D"]]
 
@@ -29,12 +30,18 @@ class Kernels:
     attention: str | None = None
     exchange: str = MODEL
     """In which type APB's keys and values travel between shards: the word of ``Precision.kv``."""
+    eight: EightBit | None = None
+    """Which products of the prefill's attention take 8-bit operands; None: none."""
 
     def __post_init__(self) -> None:
         check_types(self)
         names = [one.name for one in IMPLEMENTATIONS]
         if self.attention is not None and self.attention not in names:
             raise UserError(f"--kernels {self.attention!r} is unknown; choose one of auto, {', '.join(names)}")
+
+
+DEFAULT_KERNELS = Kernels()
+"""Every op chooses; no product in 8 bits."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Locret(AttentionMethod):
             segment = RowSegment(q.shape[1], start=slots - state.held, offset=slots, end=slots + q.shape[1])
             keys = (turn(state.k, slot), turn(k, own))
             return flash_attention(
-                turn(q, own), keys, (state.v, v), (segment,), implementation=kernels.attention
+                turn(q, own), keys, (state.v, v), (segment,), implementation=kernels.attention, eight=kernels.eight
             )[0]  # fmt: skip
 
         def step(state: State, part: tuple[Array, ...]) -> tuple[State, Array]:

@@ -170,7 +170,7 @@ class MInference(AttentionMethod):
 
         def dense() -> Float[Array, "B S H D"]:
             rows = RowSegment(q.shape[1], start=0, offset=0, end=q.shape[1])
-            return flash_attention(q, (k,), (x.v,), (rows,), implementation=kernels.attention)[0]
+            return flash_attention(q, (k,), (x.v,), (rows,), implementation=kernels.attention, eight=kernels.eight)[0]
 
         out = jax.lax.cond(x.layer < self.dense_layers, dense, sparse) if self.dense_layers else sparse()
         return out, (k, x.v)
@@ -210,7 +210,7 @@ class MInference(AttentionMethod):
         out, _ = block_sparse_attention(q, k, x.v, tiles, blocks=Blocks(TILE, TILE))
         stream = table.types == TYPES.index("stream_llm")
         for sinks, window in sorted(set(zip(table.vertical[stream], table.slash[stream], strict=True))):
-            other, _ = a_shape(Queries(q), Keys(k, x.v), int(sinks), int(window), kernels.attention)
+            other, _ = a_shape(Queries(q), Keys(k, x.v), int(sinks), int(window), kernels)
             mine = (types == TYPES.index("stream_llm")) & (vertical == int(sinks)) & (slash == int(window))
             out = jnp.where(mine[None, None, :, None], other.astype(out.dtype), out)
         return out

@@ -50,28 +50,28 @@ class RingAxis:
         return Keys(kv[0], kv[1], places)
 
 
-def ring_attention(queries: Queries, keys: Keys, ring: RingAxis, order: str, implementation: str | None) -> Partial:
+def ring_attention(queries: Queries, keys: Keys, ring: RingAxis, order: str, kernels: Kernels) -> Partial:
     """Causal attention over the keys of all members, chunks placed as ``ring_order`` says; size - 1 shifts."""
     rows = queries.rows
     step = _plain_step if order == "plain" else _zigzag_step
     travelling = ring.shift(keys) if ring.size > 1 else keys
-    total = attend(queries, (keys,), (RowSegment(rows, start=0, offset=0, end=rows),), implementation)
+    total = attend(queries, (keys,), (RowSegment(rows, start=0, offset=0, end=rows),), kernels)
     for number in range(1, ring.size):
         # Started before this step's attention, needed after it: the transfer hides behind the products.
         following = ring.shift(travelling) if number + 1 < ring.size else travelling
-        total = step(queries, travelling, total, number <= ring.index, implementation)
+        total = step(queries, travelling, total, number <= ring.index, kernels)
         travelling = following
     return total
 
 
-def _plain_step(queries: Queries, keys: Keys, total: Partial, earlier: Array, implementation: str | None) -> Partial:
+def _plain_step(queries: Queries, keys: Keys, total: Partial, earlier: Array, kernels: Kernels) -> Partial:
     """Merge the attention over a whole other block: all of it where that block is ``earlier``, else nothing."""
     rows = queries.rows
     segment = RowSegment(rows, start=0, offset=rows, end=jnp.where(earlier, rows, 0))
-    return merge_partials([total, attend(queries, (keys,), (segment,), implementation)])
+    return merge_partials([total, attend(queries, (keys,), (segment,), kernels)])
 
 
-def _zigzag_step(queries: Queries, keys: Keys, total: Partial, earlier: Array, implementation: str | None) -> Partial:
+def _zigzag_step(queries: Queries, keys: Keys, total: Partial, earlier: Array, kernels: Kernels) -> Partial:
     """Merge two half-by-half products without masks, the same work on every shard.
 
     The later half always sees the received first half. If the sender comes ``earlier`` in the ring, the first half sees
@@ -89,7 +89,7 @@ def _zigzag_step(queries: Queries, keys: Keys, total: Partial, earlier: Array, i
 
     q = jax.tree.map(stack, parts[1], jax.tree.map(choose, parts[0], parts[1]))
     kv = jax.tree.map(stack, first, jax.tree.map(choose, first, second))
-    out, lse = attend(q, (kv,), (RowSegment(half, start=0, offset=half, end=half),), implementation)
+    out, lse = attend(q, (kv,), (RowSegment(half, start=0, offset=half, end=half),), kernels)
     batch = queries.near.shape[0]
     chosen = out[batch:], lse[batch:]
     nothing = jnp.full_like(chosen[1], -jnp.inf)
@@ -127,5 +127,5 @@ class Ring(AttentionMethod):
         queries, keys = project(x)
         route = [(i, (i + 1) % shard.count) for i in range(shard.count)]
         ring = RingAxis(shard.index, shard.count, SP, route)
-        out, _ = ring_attention(queries, keys, ring, self.order, kernels.attention)
+        out, _ = ring_attention(queries, keys, ring, self.order, kernels)
         return out.astype(x.q.dtype), (keys.k, keys.v)

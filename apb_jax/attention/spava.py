@@ -177,7 +177,7 @@ class Spava(AttentionMethod):
         zero = jnp.zeros_like(shard.query_tokens)
         out_query = decode_sharded(qq, CachedLayer.of(kept_k, kept_v), own + exists, (kq, vq), zero, shard)
         causal = RowSegment(anchor, start=0, offset=0, end=anchor)
-        out_anchor, _ = attend(Queries(qa), (Keys(ka, va),), (causal,), kernels.attention)
+        out_anchor, _ = attend(Queries(qa), (Keys(ka, va),), (causal,), kernels)
 
         def out_block(qb: Array, kb: Array, vb: Array, passed: Array, used: Array) -> Array:
             """Rows of a block over the first ``used`` selections, right-aligned, the anchor and themselves."""
@@ -188,7 +188,7 @@ class Spava(AttentionMethod):
             kp, vp = jnp.split(flat, 2, axis=-1)
             rows = RowSegment(block, start=slots - used * p, offset=slots + anchor, end=slots + anchor + block)
             ranges = (Keys(kp, vp), Keys(ka, va), Keys(kb, vb))
-            return attend(Queries(qb), ranges, (rows,), kernels.attention)[0]
+            return attend(Queries(qb), ranges, (rows,), kernels)[0]
 
         virtual = jnp.concatenate([first, second[:, ::-1]], axis=1)  # in document order
         out1 = out_block(q1, k1, v1, first[:, : n - 1] if n > 1 else first, jnp.asarray(shard.index, jnp.int32))

@@ -117,7 +117,7 @@ class Star(AttentionMethod):
         queries, keys = project(x)
         rows, slots = block[1] - block[0], anchor.tokens
         segment = RowSegment(rows, start=first, offset=slots, end=slots + rows)
-        return attend(rows_of(queries, *block), (anchor, keys_of(keys, *block)), (segment,), kernels.attention)[0]
+        return attend(rows_of(queries, *block), (anchor, keys_of(keys, *block)), (segment,), kernels)[0]
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:
         queries, keys = project(x)
@@ -128,7 +128,7 @@ class Star(AttentionMethod):
         outs, first = [], jnp.int32(0)
         if slots:
             causal = RowSegment(slots, start=0, offset=0, end=slots)
-            outs.append(attend(rows_of(queries, 0, slots), (anchor,), (causal,), kernels.attention)[0])
+            outs.append(attend(rows_of(queries, 0, slots), (anchor,), (causal,), kernels)[0])
             if self.block_tokens is None:
                 # A block shorter than its capacity: the anchor moves to the right end, so that rows see one interval.
                 unused = slots - shard.block_rows

@@ -25,16 +25,16 @@ GENERATION = ("dense", "window")
 
 
 def a_shape(
-    queries: Queries, keys: Keys, sinks: int, window: int, implementation: str | None
+    queries: Queries, keys: Keys, sinks: int, window: int, kernels: Kernels
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B H S"]]:
     """Row t over the keys with t - j < window, and the first ``sinks`` tokens; (out float32, lse_nat)."""
     rows = queries.rows
-    near = sliding_window(queries, keys, window, implementation)
+    near = sliding_window(queries, keys, window, kernels)
     sinks = min(sinks, rows)
     if rows <= window or not sinks:
         return near
     far = RowSegment(rows, start=0, offset=-window, end=sinks)
-    return merge_partials([near, attend(queries, (keys_of(keys, 0, sinks),), (far,), implementation)])
+    return merge_partials([near, attend(queries, (keys_of(keys, 0, sinks),), (far,), kernels)])
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Streaming(AttentionMethod):
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:
         queries, keys = project(x)
-        out, _ = a_shape(queries, keys, self.sink_tokens, self.window_tokens, kernels.attention)
+        out, _ = a_shape(queries, keys, self.sink_tokens, self.window_tokens, kernels)
         return out.astype(x.q.dtype), (keys.k, keys.v)
 
     def decode(self, x: LayerInputs, cached: Cached, shard: Shard) -> Float[Array, "B M H D"]:

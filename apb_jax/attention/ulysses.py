@@ -124,7 +124,7 @@ class Ulysses(AttentionMethod):
             [(i, (i + parts) % shard.count) for i in range(shard.count)],
         )
         order = "plain" if pieces == 1 else "zigzag"
-        out, _ = ring_attention(group_queries, Keys(k, v, places), ring, order, kernels.attention)
+        out, _ = ring_attention(group_queries, Keys(k, v, places), ring, order, kernels)
         out = out.astype(x.q.dtype).reshape(batch, pieces, parts, rows // pieces, own, dim)
         out = jnp.swapaxes(out, 1, 2).reshape(batch, parts, rows, own, dim)
         if parts > 1:

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from apb_jax.attention.attend import Keys, Queries, attend
+from apb_jax.attention.inputs import DEFAULT_KERNELS, Kernels
 from apb_jax.attention.merge import merge_partials
 from pallas_kernels.flash_attention import RowSegment
 
 
 def sliding_window(
-    queries: Queries, keys: Keys, window: int, implementation: str | None = None
+    queries: Queries, keys: Keys, window: int, kernels: Kernels = DEFAULT_KERNELS
 ) -> tuple[Float[Array, "B S H D"], Float[Array, "B H S"]]:
     """(out float32, lse_nat) of row t over the keys t - window < j <= t of the same rows; work linear in rows.
 
@@ -21,7 +22,7 @@ def sliding_window(
     """
     rows, batch = queries.rows, queries.near.shape[0]
     if rows <= window:
-        return attend(queries, (keys,), (RowSegment(rows, start=0, offset=0, end=rows),), implementation)
+        return attend(queries, (keys,), (RowSegment(rows, start=0, offset=0, end=rows),), kernels)
     tiles = -(-rows // window)
 
     def cut(a: Array) -> Array:
@@ -37,13 +38,13 @@ def sliding_window(
         jax.tree.map(lambda a: fold(a, False), q),
         (jax.tree.map(lambda a: fold(a, False), kv),),
         (RowSegment(window, start=0, offset=0, end=window),),
-        implementation,
+        kernels,
     )
     before = attend(
         jax.tree.map(lambda a: fold(a[:, 1:], True), q),
         (jax.tree.map(lambda a: fold(a[:, :-1], True), kv),),
         (RowSegment(window, start=0, offset=-1, end=window),),
-        implementation,
+        kernels,
     )
 
     def unfold(part: tuple[Array, Array], flip: bool) -> tuple[Array, Array]:

@@ -138,8 +138,8 @@ def parse(argv: list[str] | None = None) -> ServeConfig:
     """A ServeConfig from a command line; UserError for what is wrong with it."""
     given: dict[str, Any] = vars(make_parser().parse_args(argv))
     names = (
-        "model weights heads template system separator dtype precision weights_dtype kv_dtype sp tp shards placement "
-        "slice_decode kernels"
+        "model weights heads template system separator dtype precision weights_dtype kv_dtype attention_dtype sp tp "
+        "shards placement slice_decode kernels"
     ).split()
     run = RunConfig(
         method=given.pop("method") or DEFAULT, options=tuple(given.pop("set")),

@@ -6,22 +6,23 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import vary_over, varying_axes
-from pallas_kernels.dispatch import Implementation, accepts_all, choose
+from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.flash_attention import cudnn as cudnn_backend
 from pallas_kernels.flash_attention import mosaic_gpu as mosaic_backend
 from pallas_kernels.flash_attention import triton as triton_backend
 from pallas_kernels.flash_attention.call import make_call
+from pallas_kernels.flash_attention.eight_bit import EightBit, refuse_eight_bit
 from pallas_kernels.flash_attention.recompute import cudnn_attention
 from pallas_kernels.flash_attention.reference import reference
 from pallas_kernels.flash_attention.rows import RowSegment
-from pallas_kernels.flash_attention.xla_chunked import xla_chunked
+from pallas_kernels.flash_attention.xla_chunked import refuse_emulation, xla_chunked
 
 IMPLEMENTATIONS = (
     Implementation("mosaic_gpu", mosaic_backend.mosaic_gpu, mosaic_backend.refuse),
     Implementation("cudnn", cudnn_attention, cudnn_backend.refuse),
     Implementation("triton", triton_backend.triton, triton_backend.refuse),
-    Implementation("xla_chunked", xla_chunked, accepts_all),
-    Implementation("reference", reference, accepts_all, automatic=False),
+    Implementation("xla_chunked", xla_chunked, refuse_emulation),
+    Implementation("reference", reference, refuse_eight_bit, automatic=False),
 )
 
 
@@ -32,6 +33,7 @@ def flash_attention(
     rows: Sequence[RowSegment],
     scale: float | None = None,
     implementation: str | None = None,
+    eight: EightBit | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Exact softmax attention in which every row sees one interval of the concatenated key ranges.
 
@@ -44,6 +46,7 @@ def flash_attention(
       scale: of the scores; default 1/sqrt(D).
       implementation: None for the first of the ordered list that accepts the call, or a name, which
         never falls back.
+      eight: which products take e4m3 operands (`EightBit`; float32 sums); None: those of q's dtype.
 
     Returns:
       out [B, S, H, D] in q's dtype, and lse_nat float32 [B, H, S], the natural log-sum-exp of the scaled
@@ -53,7 +56,7 @@ def flash_attention(
       KernelInputError: shapes, dtypes or bounds that no implementation could serve, or an unknown name.
       Unsupported: the named implementation refuses (an ExceptionGroup of these if all automatic ones do).
     """
-    call = make_call(q, k, v, rows, scale)
+    call = make_call(q, k, v, rows, scale, eight)
     chosen = choose("flash_attention", IMPLEMENTATIONS, implementation, call)
     if call.keys == 0 or call.q.shape[1] == 0:
         batch, length, heads, _ = call.q.shape

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.compat import vary_together
 from pallas_kernels.errors import KernelInputError
+from pallas_kernels.flash_attention.eight_bit import EightBit
 from pallas_kernels.flash_attention.rows import RowSegment, clipped, split_rows, static
 
 MAX_RANGES = 3
@@ -23,6 +24,7 @@ class AttentionCall:
     v: tuple[jax.Array, ...]
     rows: tuple[RowSegment, ...]
     scale: float
+    eight: EightBit | None = None
 
     def __post_init__(self) -> None:
         q, k, v = self.q, self.k, self.v
@@ -72,6 +74,7 @@ def make_call(
     v: Sequence[jax.Array],
     rows: Sequence[RowSegment],
     scale: float | None,
+    eight: EightBit | None = None,
 ) -> AttentionCall:
     """Validate, clip the bounds, drop empty ranges and segments, and let all arrays vary over the same mesh axes."""
     if not isinstance(k, (tuple, list)) or not isinstance(v, (tuple, list)):
@@ -82,6 +85,7 @@ def make_call(
         v=tuple(v),
         rows=tuple(rows),
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        eight=eight,
     )
     kept = [i for i, key in enumerate(call.k) if key.shape[1]] or [0]
     segments = tuple(clipped(segment, call.keys) for segment in call.rows if segment.rows)

@@ -15,6 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from pallas_kernels.device import Device, refuse_before_ampere
 from pallas_kernels.flash_attention.call import AttentionCall
+from pallas_kernels.flash_attention.eight_bit import refuse_eight_bit
 from pallas_kernels.flash_attention.rows import RowSegment, per_batch, static
 
 
@@ -75,7 +76,7 @@ def _cut(call: AttentionCall) -> tuple[list[Piece], str | None]:
 
 def refuse(call: AttentionCall, device: Device) -> str | None:
     """Why cuDNN cannot serve the call on the device, or None if it can."""
-    if reason := refuse_before_ampere(device):
+    if reason := refuse_before_ampere(device) or refuse_eight_bit(call, device):
         return reason
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, q has {call.q.dtype}"

@@ -39,7 +39,9 @@ def with_recomputed_gradient(
         q, k, v, bounds = arrays
         only_out = isinstance(gradients[1], SymbolicZero)
         recompute = cudnn.one_call if only_out and cudnn.is_one_call(call, current()) else xla_chunked
-        _, pullback = jax.vjp(lambda q, k, v: recompute(with_arrays(q, k, v, bounds)), q, k, v)
+        _, pullback = jax.vjp(
+            lambda q, k, v: recompute(dataclasses.replace(with_arrays(q, k, v, bounds), eight=None)), q, k, v
+        )
         gradients = tuple(jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g for g in gradients)
         return (*pullback(gradients), [None] * len(bounds))
 

@@ -12,6 +12,7 @@ from pallas_kernels import triton_launch
 from pallas_kernels.device import Device, refuse_before_ampere
 from pallas_kernels.flash_attention import work
 from pallas_kernels.flash_attention.call import AttentionCall
+from pallas_kernels.flash_attention.eight_bit import refuse_eight_bit
 from pallas_kernels.flash_attention.recompute import with_recomputed_gradient
 
 BLOCK_KEYS = 64
@@ -20,7 +21,7 @@ LOG2_E = math.log2(math.e)
 
 def refuse(call: AttentionCall, device: Device) -> str | None:
     """Why the kernel cannot serve the call on the device, or None if it can."""
-    if reason := refuse_before_ampere(device) or triton_launch.refuse(device):
+    if reason := refuse_before_ampere(device) or triton_launch.refuse(device) or refuse_eight_bit(call, device):
         return reason
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, q has {call.q.dtype}"

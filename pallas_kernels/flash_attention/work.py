@@ -36,8 +36,11 @@ def block_order(call: AttentionCall) -> list[tuple[int, int, int]]:
     return [block[1:] for block in sorted(blocks)]
 
 
-def work_table(call: AttentionCall, block_keys: int) -> jax.Array:
-    """int32 [B, blocks of rows, columns]: what each block of threads has to do, from the run-time bounds."""
+def work_table(call: AttentionCall, block_keys: int, alignment: int = KEY_ALIGNMENT) -> jax.Array:
+    """int32 [B, blocks of rows, columns]: what each block of threads has to do, from the run-time bounds.
+
+    Tiles begin at multiples of ``alignment`` keys.
+    """
     order = block_order(call)
     number = np.array([block[0] for block in order])
     row = np.array([block[1] for block in order], np.int32)
@@ -58,7 +61,7 @@ def work_table(call: AttentionCall, block_keys: int) -> jax.Array:
     for key in call.k:
         length = key.shape[1]
         begin, stop, full_stop = (jnp.clip(x - base, 0, length) for x in (start, last_stop, all_see))
-        first = begin // KEY_ALIGNMENT * KEY_ALIGNMENT
+        first = begin // alignment * alignment
         tiles = jnp.where(stop > begin, (stop - first + block_keys - 1) // block_keys, 0)
         head = jnp.where((tiles > 0) & (begin > first), 1, 0)
         full = jnp.clip((full_stop - first) // block_keys - head, 0, jnp.maximum(tiles - head, 0))
@@ -67,17 +70,17 @@ def work_table(call: AttentionCall, block_keys: int) -> jax.Array:
     return jnp.stack(columns, axis=-1).astype(jnp.int32)
 
 
-def pad_segments(q, rows):
-    """q with each segment's rows padded to whole blocks; q itself where nothing is missing."""
+def pad_segments(array, rows, axis=1):
+    """The array with each segment's rows (on ``axis``) padded to whole blocks; itself where nothing is missing."""
     if all(segment.rows % BLOCK_ROWS == 0 for segment in rows):
-        return q
+        return array
     parts, row = [], 0
     for segment in rows:
-        part = lax.slice_in_dim(q, row, row + segment.rows, axis=1)
+        part = lax.slice_in_dim(array, row, row + segment.rows, axis=axis)
         missing = padded_rows(segment.rows) - segment.rows
-        parts.append(jnp.pad(part, ((0, 0), (0, missing), (0, 0), (0, 0))))
+        parts.append(jnp.pad(part, [(0, missing if dimension == axis else 0) for dimension in range(array.ndim)]))
         row += segment.rows
-    return jnp.concatenate(parts, axis=1)
+    return jnp.concatenate(parts, axis=axis)
 
 
 def unpad_segments(array, rows, axis):

@@ -1,13 +1,16 @@
 """Attention in tiles through XLA: any device, differentiable, memory linear in length (forward and backward)."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import vary_over, varying_axes
+from pallas_kernels.device import Device
 from pallas_kernels.flash_attention.call import AttentionCall
+from pallas_kernels.flash_attention.eight_bit import quantise_call, round_probabilities, shifted
 from pallas_kernels.flash_attention.rows import row_bounds
 
 TILE_ROWS = 256
@@ -23,7 +26,7 @@ def _tiled(array: jax.Array, tile: int) -> jax.Array:
     return jnp.moveaxis(padded, 1, 0)
 
 
-def _attend_tile(carry, tile, q, first, stop, scale):
+def _attend_tile(carry, tile, q, first, stop, scale, rounded):
     """One step of the online softmax; carry = (accumulator [B,K,G*q,D], peak, total), all float32; q [B,K,G*q,D]."""
     k, v, base = tile  # [B, K, t, D]
     precision = "highest" if q.dtype == jnp.float32 else None
@@ -45,7 +48,7 @@ def _attend_tile(carry, tile, q, first, stop, scale):
         decay = jnp.exp(peak - shift)
         update = jnp.einsum(
             "bkst,bktd->bksd",
-            weights.astype(v.dtype),
+            rounded(weights).astype(v.dtype),
             v_read,
             preferred_element_type=jnp.float32,
             precision=precision,
@@ -56,11 +59,13 @@ def _attend_tile(carry, tile, q, first, stop, scale):
 
 
 def chunked_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, stop: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array]:
+    q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, stop: jax.Array, scale: float,
+    rounded: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Row s of batch b of q [B, S, H, D] sees keys ``first[b, s] <= j < stop[b, s]`` of k, v [B, T, K, D].
 
-    Returns float32 out [B, S, H, D] and natural log-sum-exp [B, H, S].
+    ``rounded``: what the second product makes of the probabilities, 0 to 1. Returns float32 out [B, S, H, D] and
+    natural log-sum-exp [B, H, S].
     """
     batch, rows, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -86,7 +91,7 @@ def chunked_attention(
                 jnp.zeros(shape, jnp.float32),
             ),
         )
-        step = functools.partial(_attend_tile, q=q_tile, first=first_tile, stop=stop_tile, scale=scale)
+        step = functools.partial(_attend_tile, q=q_tile, first=first_tile, stop=stop_tile, scale=scale, rounded=rounded)
         (acc, peak, total), _ = lax.scan(step, start, tiles)
         seen = total != 0  # true for NaN, which must not pass for a row that saw nothing
         safe = jnp.where(seen, total, 1.0)
@@ -102,11 +107,28 @@ def chunked_attention(
     return out.reshape(batch, -1, heads, dim)[:, :rows], lse.reshape(batch, heads, -1)[:, :, :rows]
 
 
+def refuse_emulation(call: AttentionCall, device: Device) -> str | None:
+    """Why XLA should not serve the call on the device, or None if it may: 8-bit products only for CPUs."""
+    if call.eight is not None and device.platform == "gpu":
+        return "only emulates 8-bit products, slower than 16-bit ones"
+    return None
+
+
 def xla_chunked(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
-    """out [B, S, H, D] in q's dtype and lse_nat float32 [B, H, S]."""
-    k, v = jnp.concatenate(call.k, axis=1), jnp.concatenate(call.v, axis=1)
+    """out [B, S, H, D] in q's dtype and lse_nat float32 [B, H, S]; 8-bit products are emulated in float32."""
+    q, k, v, scale = call.q, jnp.concatenate(call.k, axis=1), jnp.concatenate(call.v, axis=1), call.scale
     first, stop = row_bounds(call.rows, call.batch, call.keys)
-    axes = varying_axes(call.q)
-    first, stop = vary_over(axes, (first, stop))
-    out, lse = chunked_attention(call.q, k, v, first, stop, call.scale)
-    return out.astype(call.q.dtype), lse
+    first, stop = vary_over(varying_axes(q), (first, stop))
+    if call.eight is None:
+        out, lse = chunked_attention(q, k, v, first, stop, scale)
+        return out.astype(q.dtype), lse
+    found = quantise_call(q, call.k, call.v, call.rows, scale, call.eight)
+    # A positive factor of a query row is exact in its scores; every product of two e4m3 numbers is exact in float32.
+    wide = found.q.astype(jnp.float32) * found.row_scale.transpose(0, 2, 1)[..., None]
+    keys, values = (jnp.concatenate(ranges, axis=1).astype(jnp.float32) for ranges in (found.k, found.v))
+    if found.value_scale is None:
+        out, lse = chunked_attention(wide, keys, values, first, stop, 1.0)
+    else:
+        out, lse = chunked_attention(wide, keys, values, first, stop, 1.0, round_probabilities)
+        out = out * found.value_scale[:, None, :, None]
+    return out.astype(q.dtype), shifted(lse, found.shift)
