@@ -13,11 +13,11 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -187,9 +187,17 @@ def order(count: int, seed: int, first: int, last: int) -> Iterator[int]:
         yield int(permutation[place])
 
 
+class Examples(Protocol):
+    """What heads are trained on: pieces, and the tokens of each."""
+
+    def pieces(self) -> Sequence[Any]: ...
+
+    def example(self, record: Any, index: int) -> Example: ...
+
+
 def train(
     model: LoadedModel,
-    corpus: Corpus,
+    corpus: Examples,
     recipe: Recipe,
     checkpoints: Checkpoints | None,
     console: Console,
