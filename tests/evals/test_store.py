@@ -12,6 +12,7 @@ import pytest
 from fake_system import RegexSystem
 from rich.console import Console
 
+from evals.ahead import ahead, batches
 from evals.base import EvalError
 from evals.ruler import RulerTask
 from evals.runner import run_config, run_tasks
@@ -108,3 +109,31 @@ def test_a_damaged_line_in_the_middle_is_reported(tmp_path):
     log.write_text(log.read_text().replace('"id": "0"', '"id" "0"'))
     with pytest.raises(EvalError, match="line 1: not a JSON object"):
         RunFolder(tmp_path, CONFIG)
+
+
+def test_samples_are_prepared_ahead_in_order_and_no_further():
+    made = []
+
+    def source():
+        for number in range(20):
+            made.append(number)
+            yield number
+
+    items = ahead(source(), 3)
+    assert [next(items), next(items)] == [0, 1]
+    items.close()
+    assert made == list(range(len(made)))
+    assert len(made) <= 5
+    assert list(ahead(iter("abcde"), 3)) == list("abcde")
+    assert list(batches("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_what_preparing_a_sample_raises_comes_in_its_turn():
+    def source():
+        yield 1
+        raise EvalError("the second sample does not fit")
+
+    items = ahead(source(), 4)
+    assert next(items) == 1
+    with pytest.raises(EvalError, match="second sample"):
+        next(items)
