@@ -101,6 +101,39 @@ def run_command(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
+def score_command(argv: list[str]) -> None:
+    """Rows to figures: one JSON line a cell."""
+    parser = Parser(prog="python -m benchmarks.real_evidence score", description=score_command.__doc__)
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the rows")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/real_evidence.jsonl"))
+    args = parser.parse_args(argv)
+    from apb_jax.files import write_text
+    from benchmarks.evidence.prepare import codec_of
+    from benchmarks.evidence.samples import read_samples
+    from benchmarks.evidence.score import figures
+    from benchmarks.evidence.work import rows_of
+
+    samples, facts = read_samples(args.samples)
+    runs = [json.loads(line) for line in (args.runs / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = list(figures(samples, rows_of(args.runs), codec_of(facts["model"]).decode))
+    lines = [{"section": "facts", "samples": facts, "runs": runs}, *found]
+    write_text(args.out, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    print(f"{args.out}: {len(found)} cells of {len(runs)} runs")
+
+
+def page_command(argv: list[str]) -> None:
+    """Figures to docs/real_model.md and its pictures."""
+    parser = Parser(prog="python -m benchmarks.real_evidence page", description=page_command.__doc__)
+    parser.add_argument("--figures", type=Path, default=Path("benchmarks/results/real_evidence.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("docs/real_model.md"))
+    args = parser.parse_args(argv)
+    from benchmarks.evidence.page import write_page
+
+    for path in write_page(args.figures, args.out, args.out.parent / "pictures"):
+        print(path)
+
+
 def device_name() -> str:
     """What a process of its own sees: the parent must not hold the device."""
     code = "import jax; d = jax.devices(); print(len(d), 'x', d[0].device_kind)"
@@ -110,7 +143,12 @@ def device_name() -> str:
 
 @command("python -m benchmarks.real_evidence")
 def main(argv: list[str]) -> int | None:
-    commands: dict[str, Callable[[list[str]], int | None]] = {"prepare": prepare_command, "run": run_command}
+    commands: dict[str, Callable[[list[str]], int | None]] = {
+        "prepare": prepare_command,
+        "run": run_command,
+        "score": score_command,
+        "page": page_command,
+    }
     name = argv[0] if argv else ""
     if name not in commands:
         Parser(prog="python -m benchmarks.real_evidence", description=__doc__).error(
