@@ -52,7 +52,7 @@ def prepare_command(argv: list[str]) -> None:
 
 def run_command(argv: list[str]) -> int:
     """Units of work on this machine's device, resumable."""
-    from benchmarks.evidence.units import METHODS, SECTIONS
+    from benchmarks.evidence.units import METHODS, SECTIONS, Wanted
 
     parser = Parser(prog="python -m benchmarks.real_evidence run", description=run_command.__doc__)
     parser.add_argument("--samples", type=Path, required=True)
@@ -60,7 +60,11 @@ def run_command(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
     parser.add_argument("--heads", type=Path, help="retaining heads; without them their methods are left out")
     parser.add_argument("--dtype", choices=("bf16", "float32"))
-    parser.add_argument("--sections", default="ruler", help=",".join(SECTIONS))
+    parser.add_argument(
+        "--sections",
+        default="ruler",
+        help=f"in this order, each with methods and lengths of its own where given (ruler:full+apb@8192): {', '.join(SECTIONS)}",
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help="in this order")
     parser.add_argument("--lengths", default="", help="only these")
     parser.add_argument("--count", type=int, help="samples of a task or texts of a unit at most")
@@ -71,11 +75,11 @@ def run_command(argv: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=1e9, help="no batch begins after so many seconds")
     args = parser.parse_args(argv)
-    names = [("--sections", args.sections.split(","), SECTIONS), ("--methods", args.methods.split(","), METHODS)]
-    for flag, given, legal in names:
-        wrong = [name for name in given if name not in legal]
-        if wrong:
-            parser.error(f"{flag}: {wrong[0]!r} is none of {', '.join(legal)}")
+    methods, lengths = tuple(args.methods.split(",")), tuple(int(n) for n in args.lengths.split(",") if n)
+    wrong = [name for name in methods if name not in METHODS]
+    if wrong:
+        parser.error(f"--methods: {wrong[0]!r} is none of {', '.join(METHODS)}")
+    wanted = tuple(Wanted.parse(text, methods, lengths) for text in args.sections.split(","))
     started = time.time()
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.92 / args.workers:.3f}"
     from benchmarks.evidence.samples import read_samples
@@ -84,10 +88,8 @@ def run_command(argv: list[str]) -> int:
     samples, facts = read_samples(args.samples)
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{len(samples)} samples of {args.samples}, {facts['counts']}", flush=True)
-    lengths = tuple(int(n) for n in args.lengths.split(",") if n)
     run = Run(
-        args.samples, args.model, args.out, args.heads, args.dtype, tuple(names[0][1]), tuple(names[1][1]), lengths,
-        args.count, args.receipt_count, args.batch_tokens, args.head_steps, args.head_hidden, tuple(facts["stop_ids"]),
+        args.samples, args.model, args.out, args.heads, args.dtype, wanted, args.count, args.receipt_count, args.batch_tokens, args.head_steps, args.head_hidden, tuple(facts["stop_ids"]),
         facts["opening"], started + args.limit_s, claims_folder(),
     )  # fmt: skip
     record = {

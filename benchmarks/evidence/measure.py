@@ -19,6 +19,7 @@ from apb_jax.attention.inputs import Prompt
 from apb_jax.attention.registry import MethodSpec
 from apb_jax.decode import DecodePlan
 from apb_jax.engine import Engine
+from apb_jax.errors import UserError
 from apb_jax.generation import run_query
 from apb_jax.mesh import make_mesh
 from apb_jax.model.config import with_string, with_yarn
@@ -96,7 +97,9 @@ def unpacked(text: str) -> list[int]:
     return np.frombuffer(base64.b64decode(text), "<u2").astype(int).tolist()
 
 
-def answers(engine: Engine, samples: Sequence[Sample], length: int, stop: Sequence[int]) -> tuple[list[dict[str, Any]], str]:
+def answers(
+    engine: Engine, samples: Sequence[Sample], length: int, stop: Sequence[int]
+) -> tuple[list[dict[str, Any]], str]:
     """Greedy answers, as ids."""
     session = engine.prefill([prompt_of(sample, length) for sample in samples])
     given = session.generate(max(sample.new_tokens for sample in samples), stop_ids=stop)
@@ -160,6 +163,8 @@ def receipts(
 
 
 def _ran(session: Session) -> str:
-    """The method that really ran, in its own words."""
+    """The method that really ran, in its own words; refused where it fell back to full attention."""
+    if isinstance(session.method, Full) and any("falls back" in note for note in session.notes):
+        raise UserError("; ".join(session.notes))
     notes = [note for note in session.notes if "training-free" not in note]
     return ("full" if isinstance(session.method, Full) else repr(session.method)) + "".join(f"; {n}" for n in notes)

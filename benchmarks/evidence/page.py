@@ -100,7 +100,9 @@ def _ruler(rows: Sequence[Row], folder: Path, out: Path) -> str:
         return ""
     metrics = pictures.ruler_metrics(own)
     counts = sorted({r["n"] for r in own if r["task"] != "mean"})
-    note = f"SmolLM2-135M-Instruct, 13 tasks, {counts[0]} to {counts[-1]} samples a cell, bands: 95% interval of the mean"
+    note = (
+        f"SmolLM2-135M-Instruct, 13 tasks, {counts[0]} to {counts[-1]} samples a cell, bands: 95% interval of the mean"
+    )
     line = plots.score_over_length(metrics, pictures.sheet("RULER over length", note, folder / "real_ruler.png"))
     grid = plots.task_grid(metrics, pictures.sheet("RULER by task", note, folder / "real_ruler_tasks.png"))
 
@@ -242,10 +244,15 @@ def _sweep(rows: Sequence[Row], folder: Path, out: Path) -> str:
         return ""
     found = {(r["anchor"], r["passing"]): r for r in own}
     anchors, passings = sorted({a for a, _ in found}), sorted({p for _, p in found})
-    lines = [
-        [str(a), *(interval(found[a, p]) if (a, p) in found else "" for p in passings)] for a in anchors
-    ]
-    full = next((r for r in rows if (r["section"], r.get("method"), r.get("length"), r.get("task")) == ("ruler", "full", 8192, "mean")), None)
+    lines = [[str(a), *(interval(found[a, p]) if (a, p) in found else "" for p in passings)] for a in anchors]
+    full = next(
+        (
+            r
+            for r in rows
+            if (r["section"], r.get("method"), r.get("length"), r.get("task")) == ("ruler", "full", 8192, "mean")
+        ),
+        None,
+    )
     note = f"SmolLM2-135M-Instruct, RULER at 8K, {own[0]['n']} samples a cell, 8 shards of 1,024 tokens; bands: Wilson"
     path = pictures.sweep(own, full, pictures.sheet("Which budget buys it back", note, folder / "real_sweep.png"))
     best = max(own, key=lambda r: r["score"])
@@ -268,7 +275,9 @@ def _beyond(rows: Sequence[Row], folder: Path, out: Path) -> str:
     trained = [r for r in rows if r["section"] in ("perplexity", "needle") and r["method"] in ("full", "apb")]
     parts = ["## Beyond the trained length, and STRING within it"]
     for section, title in (("beyond", "16K and 32K"), ("string", "STRING at 4K to 8K")):
-        part = [r for r in own if r["section"] == section] + ([dict(r, rope="") for r in trained] if section == "string" else [])
+        part = [r for r in own if r["section"] == section] + (
+            [dict(r, rope="") for r in trained] if section == "string" else []
+        )
         keys = sorted({(r["length"], r["method"], r["rope"]) for r in part})
         lines = []
         for length, method, rope in keys:

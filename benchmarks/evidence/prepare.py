@@ -108,8 +108,15 @@ def _ruler(job: Job) -> list[Sample]:
         assert len(document) + len(query) + example.max_new_tokens <= job.length
         out.append(
             Sample(
-                "ruler", job.length, job.task, example.id, document, query, embedded,
-                example.references, example.max_new_tokens,
+                "ruler",
+                job.length,
+                job.task,
+                example.id,
+                document,
+                query,
+                embedded,
+                example.references,
+                example.max_new_tokens,
             )  # fmt: skip
         )
     return out
@@ -160,13 +167,13 @@ def _training(job: Job) -> list[Sample]:
         prompt = codec.prompt(document, row["question"])
         answer = codec.encode(str(row["answer"]))
         if len(prompt.document) <= job.length:
-            out.append(
-                _pair("hotpotqa", len(out), codec, prompt.document, prompt.embedded_query, prompt.query, answer)
-            )
+            out.append(_pair("hotpotqa", len(out), codec, prompt.document, prompt.embedded_query, prompt.query, answer))
     corpus = Corpus((Record(novel, None, None),), codec, job.length, 128)
     for record in corpus.pieces()[:60]:
         example = corpus.example(record)
-        out.append(Sample("heads", job.length, "text", str(len(out)), example.prompt, example.answer, codec.opening[:0]))
+        out.append(
+            Sample("heads", job.length, "text", str(len(out)), example.prompt, example.answer, codec.opening[:0])
+        )
     return out
 
 

@@ -104,7 +104,11 @@ def _against(found: dict[str, float], scores: Scores, length: int) -> dict[str, 
     if not pairs:
         return {}
     spread = float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
-    return {"over_full": round(100 * float(np.mean(pairs)), 2), "over_full_se": round(100 * spread, 2), "pairs": len(pairs)}
+    return {
+        "over_full": round(100 * float(np.mean(pairs)), 2),
+        "over_full_se": round(100 * spread, 2),
+        "pairs": len(pairs),
+    }
 
 
 # ---- SQuAD's and HotpotQA's own measures ------------------------------------------------------------------------
@@ -177,7 +181,9 @@ def _perplexity(nll: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
         if pairs and method != "full":
             row |= {
                 "nll_over_full": round(float(np.mean(pairs)), 5),
-                "nll_over_full_se": round(float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)), 5) if len(pairs) > 1 else 0.0,
+                "nll_over_full_se": round(float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)), 5)
+                if len(pairs) > 1
+                else 0.0,
             }
         yield row
 
@@ -256,7 +262,11 @@ def _ranks(x: np.ndarray) -> np.ndarray:
 def _bins(known: list[tuple[dict[str, float], bool]], count: int = 8) -> list[list[float]]:
     """[median KL, share lost, samples] of equally filled bins by KL over query and answer."""
     ordered = sorted(known, key=lambda item: item[0]["kl"])
-    parts = [part for part in np.array_split(np.arange(len(ordered)), min(count, len(ordered))) if len(part)] if ordered else []
+    parts = (
+        [part for part in np.array_split(np.arange(len(ordered)), min(count, len(ordered))) if len(part)]
+        if ordered
+        else []
+    )
     return [
         [
             round(float(np.median([ordered[i][0]["kl"] for i in part])), 5),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.samples import Sample, read_samples
-from benchmarks.evidence.units import Unit, units
+from benchmarks.evidence.units import Unit, Wanted, units
 
 BATCH_TOKENS = 26 * 8192
 """Document tokens of a batch: two samples of each RULER task at 8K."""
@@ -29,9 +29,7 @@ class Run:
     out: Path
     heads: Path | None
     dtype: str | None
-    sections: tuple[str, ...]
-    methods: tuple[str, ...]
-    lengths: tuple[int, ...]
+    wanted: tuple[Wanted, ...]
     count: int | None
     receipt_count: int
     batch_tokens: int
@@ -43,9 +41,7 @@ class Run:
     claims: Path
 
     def units(self) -> Iterator[Unit]:
-        for unit in units(self.sections, self.methods, self.opening):
-            if self.lengths and unit.length and unit.length not in self.lengths:
-                continue
+        for unit in units(self.wanted, self.opening):
             if unit.needs_heads and self.heads is None:
                 continue
             yield unit
