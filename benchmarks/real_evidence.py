@@ -63,7 +63,7 @@ def run_command(argv: list[str]) -> int:
     parser.add_argument(
         "--sections",
         default="ruler",
-        help=f"in this order, each with methods and lengths of its own where given (ruler:full+apb@8192): {', '.join(SECTIONS)}",
+        help=f"in this order, with methods and lengths where given (ruler:full+apb@8192): {', '.join(SECTIONS)}",
     )
     parser.add_argument("--methods", default=",".join(METHODS), help="in this order")
     parser.add_argument("--lengths", default="", help="only these")
@@ -89,7 +89,8 @@ def run_command(argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{len(samples)} samples of {args.samples}, {facts['counts']}", flush=True)
     run = Run(
-        args.samples, args.model, args.out, args.heads, args.dtype, wanted, args.count, args.receipt_count, args.batch_tokens, args.head_steps, args.head_hidden, tuple(facts["stop_ids"]),
+        args.samples, args.model, args.out, args.heads, args.dtype, wanted, args.count, args.receipt_count,
+        args.batch_tokens, args.head_steps, args.head_hidden, tuple(facts["stop_ids"]),
         facts["opening"], started + args.limit_s, claims_folder(),
     )  # fmt: skip
     record = {

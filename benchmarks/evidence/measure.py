@@ -132,11 +132,12 @@ def _agreement(
     everything, answer = row < end[:, None], (row >= start[:, None] - 1) & (row < end[:, None])
 
     def mean(x: Array, where: Array) -> Array:
-        return jnp.where(where, x, 0).sum(axis=1) / jnp.maximum(where.sum(axis=1), 1)
+        rows = where.astype(jnp.float32)
+        return (x.astype(jnp.float32) * rows).sum(axis=1) / jnp.maximum(rows.sum(axis=1), 1.0)
 
     return {
         "kl": mean(kl, everything),
-        "kl_max": jnp.where(everything, kl, 0).max(axis=1),
+        "kl_max": jnp.where(everything, kl, 0.0).max(axis=1),
         "top1": mean(same, everything),
         "kl_answer": mean(kl, answer),
         "top1_answer": mean(same, answer),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.evidence import pictures
 from benchmarks.evidence.pictures import Row
@@ -39,10 +38,11 @@ def _head(facts: Row) -> str:
         [
             "# Every method on a real model",
             "",
-            "SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 query and 3 KV heads, 8,192 positions, the GGUF file of",
-            f"`{data['model']}`), {run['device']}, bf16; {versions}. APB, Star and their like run on 8 virtual shards of the",
-            f"one device. Samples: seed {data['seed']}, variant `{data['variant']}`, under the model's own chat template, whose",
-            "64 tokens of room are part of a length. Sizes that papers state for 128K are scaled with the length",
+            "SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 query and 3 KV heads, 8,192 positions), GGUF file",
+            f"of `{data['model']}`; {run['device']}, bf16; {versions}.",
+            "APB, Star and their like run on 8 virtual shards of the one device. Samples:",
+            f"seed {data['seed']}, variant `{data['variant']}`, under the model's own chat template, for which a",
+            "length holds 64 tokens. Sizes that papers state for 128K are scaled with the length",
             "(`benchmarks/evidence/units.py`). Intervals are 95% Wilson intervals; the figures are",
             "`benchmarks/results/real_evidence.jsonl`, made by",
             "",
@@ -214,10 +214,10 @@ def _receipts(rows: Sequence[Row], folder: Path, out: Path) -> str:
     bins = {m: pooled[m]["bins"] for m in METHODS if m in pooled and pooled[m]["lost"]}
     parts = [
         "## Does a receipt tell a lost answer?",
-        "A receipt compares a method's logits with full attention's over the rows of the question and of full attention's\n"
-        "answer. An answer is lost where the method scores less than full attention on a sample on which full attention\n"
-        "scores at all. AUC: the chance that a lost answer has the higher KL (the lower agreement) of two samples, one lost\n"
-        "and one kept; 0.5 is chance. ± 1.96 standard errors (Hanley and McNeil).",
+        "A receipt compares a method's logits with full attention's over the rows of the question and of full\n"
+        "attention's answer. An answer is lost where the method scores less than full attention on a sample on which\n"
+        "full attention scores at all. AUC: the chance that a lost answer has the higher KL (the lower agreement) of\n"
+        "two samples, one lost and one kept; 0.5 is chance. ± 1.96 standard errors (Hanley and McNeil).",
         table(head, lines),
     ]
     both = pooled.get("all")
@@ -245,24 +245,22 @@ def _sweep(rows: Sequence[Row], folder: Path, out: Path) -> str:
     found = {(r["anchor"], r["passing"]): r for r in own}
     anchors, passings = sorted({a for a, _ in found}), sorted({p for _, p in found})
     lines = [[str(a), *(interval(found[a, p]) if (a, p) in found else "" for p in passings)] for a in anchors]
-    full = next(
-        (
-            r
-            for r in rows
-            if (r["section"], r.get("method"), r.get("length"), r.get("task")) == ("ruler", "full", 8192, "mean")
-        ),
-        None,
-    )
-    note = f"SmolLM2-135M-Instruct, RULER at 8K, {own[0]['n']} samples a cell, 8 shards of 1,024 tokens; bands: Wilson"
+    asked = ("ruler", "full", 8192, "mean")
+    place = ("section", "method", "length", "task")
+    full = next((r for r in rows if tuple(r.get(name) for name in place) == asked), None)
+    note = f"SmolLM2-135M-Instruct, RULER at 8K, 13 tasks, {own[0]['n']} samples a point, 8 shards; bands: Wilson"
     path = pictures.sweep(own, full, pictures.sheet("Which budget buys it back", note, folder / "real_sweep.png"))
     best = max(own, key=lambda r: r["score"])
+    beside = ""
+    if "over_full" in best:
+        half = 1.96 * best["over_full_se"]
+        beside = f", {best['over_full']:+.1f} ± {half:.1f} points against full attention on the same samples"
     return "\n\n".join(
         [
             "## Which budget buys it back",
             "apb at 8K, keys scored by the query: anchor tokens down, passing tokens across.",
             table(["anchor", *map(str, passings)], lines),
-            f"The best cell is an anchor of {best['anchor']} with {best['passing']} passing tokens: {interval(best)}"
-            + (f", {best['over_full']:+.1f} ± {1.96 * best['over_full_se']:.1f} points against full attention on the same samples." if "over_full" in best else "."),
+            f"Best: an anchor of {best['anchor']} with {best['passing']} passing tokens, {interval(best)}{beside}.",
             _picture(path, out, "score over anchor and passing"),
         ]
     )  # fmt: skip

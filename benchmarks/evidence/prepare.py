@@ -117,7 +117,7 @@ def _ruler(job: Job) -> list[Sample]:
                 embedded,
                 example.references,
                 example.max_new_tokens,
-            )  # fmt: skip
+            )
         )
     return out
 

@@ -121,7 +121,7 @@ def normalised(text: str) -> list[str]:
 
 
 def f1(prediction: str, references: Sequence[str]) -> float:
-    """The best F1 over the references (SQuAD's evaluate script; HotpotQA's, which gives yes and no no partial score)."""
+    """The best F1 over the references, as SQuAD's script has it; yes and no get no partial score, as in HotpotQA's."""
 
     def one(reference: str) -> float:
         ours, theirs = normalised(prediction), normalised(reference)

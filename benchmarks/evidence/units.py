@@ -24,7 +24,7 @@ SWEEP = tuple((anchor, passing) for anchor in (128, 256, 512) for passing in (0,
 APB_BUDGETS = {2048: (128, 64), 4096: (256, 192), 8192: (256, 256), 32768: (1024, 512)}
 """(anchor, passing) tokens up to a length."""
 LONG = {16384: ("yarn:2", "string:8192", ""), 32768: ("yarn:4", "yarn:2+string:16384", "")}
-"""Ropes by length. STRING alone reaches twice the trained length: it brings a distance d of 8192 or more to d - 8064."""
+"""Ropes by length. STRING alone reaches twice the trained length: a distance d of 8192 or more becomes d - 8064."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def method_of(label: str, length: int, opening: int) -> tuple[str, dict[str, Any
 
 @dataclass(frozen=True)
 class Wanted:
-    """A section with the methods and lengths that it is asked for: ``ruler``, ``ruler:full+apb``, ``needle@8192+4096``."""
+    """A section with its methods and lengths: ``ruler``, ``ruler:full+apb``, ``needle@8192+4096``."""
 
     section: str
     methods: tuple[str, ...]

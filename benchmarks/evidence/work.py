@@ -106,7 +106,7 @@ def worker(run: Run, index: int) -> None:
                     _heads(run, engines, samples)
                 else:
                     _unit(run, unit, engines, samples, done, file, index)
-            except Exception:  # a unit that fails must not take the others' time; its words are kept
+            except Exception:  # noqa: BLE001 - told in full; a unit that fails must not take the others' time
                 print(f"[{index}] {unit.name} FAILED\n{traceback.format_exc(limit=4)}"[-2500:], flush=True)
 
 
