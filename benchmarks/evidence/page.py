@@ -94,7 +94,9 @@ def interval(r: Row) -> str:
 
 
 def _ruler(rows: Sequence[Row], folder: Path, out: Path) -> str:
-    own = [r for r in rows if r["section"] == "ruler"]
+    every = [r for r in rows if r["section"] == "ruler"]
+    trained = [r for r in every if r["task"] == "over apb" and "over_apb" in r]
+    own = [r for r in every if r["task"] != "over apb"]
     means = [r for r in own if r["task"] == "mean"]
     if not means:
         return ""
@@ -121,6 +123,11 @@ def _ruler(rows: Sequence[Row], folder: Path, out: Path) -> str:
             _picture(line, out, "mean score over length"),
             _picture(grid, out, "score by task"),
             _lost(own),
+            "\n".join(
+                f"- Trained heads against the training-free scorer, {length_name(r['length'])}, the same {r['pairs']} "
+                f"samples: {r['over_apb']:+.2f} ± {1.96 * r['over_apb_se']:.2f} points."
+                for r in trained
+            ),
         ]
     )
 

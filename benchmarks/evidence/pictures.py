@@ -29,7 +29,7 @@ def ruler_metrics(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
                 "results": [
                     {"task": r["task"], "length": r["length"], "score": r["score"], "samples": r["n"]}
                     for r in own
-                    if r["task"] != "mean"
+                    if r["task"] not in ("mean", "over apb")
                 ],
                 "mean_by_length": {str(r["length"]): {"score": r["score"]} for r in own if r["task"] == "mean"},
             }

@@ -91,16 +91,18 @@ def _ruler(scores: Scores) -> Iterator[dict[str, Any]]:
         if place["section"] == "ruler":
             yield from ({**place, "task": task, **cell(tasks[task])} for task in sorted(tasks))
         means = [sum(values) / len(values) for values in tasks.values()]
+        if place["method"] == "apb_heads":  # what training bought: against the scorer that needs none
+            yield {**place, "task": "over apb", **_against(found, scores, place["length"], "apb")}
         yield {
             **place, "task": "mean", "tasks": len(tasks), **cell(list(found.values())),
             "score": round(100 * sum(means) / len(means), 2), **_against(found, scores, place["length"]),
         }  # fmt: skip
 
 
-def _against(found: dict[str, float], scores: Scores, length: int) -> dict[str, Any]:
-    """Mean difference to full attention over the same samples, in points, with its standard error."""
-    full = scores.get(f"ruler/ruler/full/{length}", {})
-    pairs = [score - full[key] for key, score in found.items() if key in full]
+def _against(found: dict[str, float], scores: Scores, length: int, method: str = "full") -> dict[str, Any]:
+    """Mean difference to another method over the same samples, in points, with its standard error."""
+    theirs = scores.get(f"ruler/ruler/{method}/{length}", {})
+    pairs = [score - theirs[key] for key, score in found.items() if key in theirs]
     if not pairs:
         return {}
     spread = float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
