@@ -107,8 +107,8 @@ def _against(found: dict[str, float], scores: Scores, length: int, method: str =
         return {}
     spread = float(np.std(pairs, ddof=1)) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
     return {
-        "over_full": round(100 * float(np.mean(pairs)), 2),
-        "over_full_se": round(100 * spread, 2),
+        f"over_{method}": round(100 * float(np.mean(pairs)), 2),
+        f"over_{method}_se": round(100 * spread, 2),
         "pairs": len(pairs),
     }
 
