@@ -116,6 +116,14 @@ class Generator(Protocol):
         """JSON facts for config.json: model, method and its options, dense layers or heads, dtype, device, versions."""
 
 
+@runtime_checkable
+class BatchGenerator(Generator, Protocol):
+    """A system that answers several examples together, each as it would alone."""
+
+    def generate_batch(self, examples: Sequence[Example]) -> list[Completion]:
+        """The completions of ``generate``, in order; times are of the examples served together."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """Natural log-probabilities [n] of given tokens; ``greedy``: each was the likeliest; ``facts`` as in Completion."""

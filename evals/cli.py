@@ -95,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     needle.add_argument("--four", type=count(1), metavar="N", help="run N four-needle tests instead of the heat map")
     needle.add_argument("--text", help="haystack file instead of the essays or the packaged novel")
 
+    for asked in (ruler, bench, needle):
+        asked.add_argument(
+            "--batch", type=count(1, 4096), default=1, help="samples answered together, the same rows (default: 1)"
+        )
+
     ppl = _benchmark(commands, "perplexity", "perplexity of long text", _perplexity)
     ppl.add_argument("--text", help="text files separated by commas (default: the packaged novel)")
     ppl.add_argument("--window", type=count(1), default=512, help="tokens scored per prefill (default: 512)")
@@ -223,7 +228,7 @@ def _run_task_benchmark(args, connect, benchmark: str, make_tasks: Callable[[Sys
         for task in tasks:  # before the folder holds anything
             check_length(system, task.length, f"{task.name} at length {task.length}")
         with RunFolder(path, run_config(benchmark, system, tasks, samples)) as folder:
-            return run_tasks(system, tasks, folder, samples=samples, console=console, label=method)
+            return run_tasks(system, tasks, folder, samples=samples, console=console, label=method, batch=args.batch)
 
     _run_methods(args, connect, benchmark, run)
 

@@ -5,15 +5,19 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from evals.base import UNSCORABLE, EvalError, Example, Generator, Task
+from evals.ahead import ahead, batches
+from evals.base import UNSCORABLE, BatchGenerator, Completion, EvalError, Example, Generator, Task
 from evals.store import RunFolder
 
+Report = Callable[[str, int], None]
+"""(what is on the progress line, tokens done)."""
 _PACKAGES = ("apb-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "nltk", "rouge-score")
 
 
@@ -49,12 +53,20 @@ def check_length(generator: Generator, length: int, what: str) -> None:
         )
 
 
-def answer(generator: Generator, example: Example, what: str) -> dict[str, Any]:
-    """Generate and return the facts of one sample."""
-    check_length(generator, generator.count(example.prompt) + example.max_new_tokens, f"{what} sample {example.id}")
-    completion = generator.generate(
-        example.document, example.query, example.max_new_tokens, embedded_query=example.embedded_query
-    )
+def answer(generator: Generator, examples: Sequence[Example], what: str) -> list[dict[str, Any]]:
+    """Generate and return the facts of some samples, together where there are several and the system can."""
+    for example in examples:
+        check_length(generator, generator.count(example.prompt) + example.max_new_tokens, f"{what} sample {example.id}")
+    if len(examples) > 1 and isinstance(generator, BatchGenerator):
+        completions = generator.generate_batch(examples)
+    else:
+        completions = [
+            generator.generate(e.document, e.query, e.max_new_tokens, embedded_query=e.embedded_query) for e in examples
+        ]
+    return [_facts(example, completion) for example, completion in zip(examples, completions, strict=True)]
+
+
+def _facts(example: Example, completion: Completion) -> dict[str, Any]:
     row = {
         "pred": completion.text,
         "outputs": list(example.references),
@@ -78,10 +90,12 @@ def run_tasks(
     samples: int | None,
     console: Console,
     label: str,
+    batch: int = 1,
 ) -> dict[str, Any]:
     """Run every task to its end and return (and write) the metrics.
 
     Args:
+      batch: samples that go to the system together; their rows are those of one at a time, but for the times.
       samples: most samples of each task, None for all.
       label: what the progress line is called (the method).
     """
@@ -103,7 +117,9 @@ def run_tasks(
     ) as progress:
         bar = progress.add_task(label, total=sum(task.length * known for task in tasks), note="")
         for task in tasks:
-            _run_one(generator, task, folder, samples, lambda note, n: progress.update(bar, advance=n, note=note))
+            _run_one(
+                generator, task, folder, samples, batch, lambda note, n: progress.update(bar, advance=n, note=note)
+            )
             metrics = summarise(folder, tasks)
             folder.write_metrics(metrics)
             if not console.is_terminal:  # a log file gets a line a task instead of a moving bar
@@ -112,24 +128,26 @@ def run_tasks(
     return summarise(folder, tasks)
 
 
-def _run_one(generator: Generator, task: Task, folder: RunFolder, samples: int | None, report) -> None:
+def _run_one(
+    generator: Generator, task: Task, folder: RunFolder, samples: int | None, batch: int, report: Report
+) -> None:
     what = f"{task.name} at {task.length}"
     total, count, scored, unscored = 0.0, 0, 0, ""
-    for example in task.examples():
-        if samples is not None and count == samples:
-            break
-        row = folder.done.get((task.name, task.length, example.id))
-        if row is None:
-            facts = answer(generator, example, what)
+    for examples in batches(ahead(islice(task.examples(), samples), 2 * batch), batch):
+        keys = [(task.name, task.length, example.id) for example in examples]
+        todo = [example for example, key in zip(examples, keys, strict=True) if key not in folder.done]
+        for example, facts in zip(todo, answer(generator, todo, what), strict=True):
             row = {"task": task.name, "length": task.length, "id": example.id, **_scored(task, example, facts["pred"])}
             folder.append(row | facts)
-        count += 1
-        if row["score"] is None:
-            unscored = row["unscored"]
-            continue
-        total += row["score"]
-        scored += 1
-        report(f"{what}: {100 * total / scored:.1f} ({scored} samples)", task.length)
+        for key in keys:
+            row = folder.done[key]
+            count += 1
+            if row["score"] is None:
+                unscored = row["unscored"]
+                continue
+            total += row["score"]
+            scored += 1
+            report(f"{what}: {100 * total / scored:.1f} ({scored} samples)", task.length)
     if count == 0:
         raise EvalError(f"{what}: the task holds no samples")
     if scored == 0:

@@ -9,7 +9,7 @@ import numpy as np
 from apb_jax.errors import UserError
 from apb_jax.measure.plan import check_memory
 from apb_jax.prompt.pieces import begin_ids
-from evals.base import Completion, Scored, SystemSpec
+from evals.base import Completion, Example, Scored, SystemSpec
 from evals.follow import Call, follow, lead, send
 from evals.tokens import Tokens, as_tokens
 
@@ -48,14 +48,30 @@ class EngineSystem:
         ignore_stop: bool = False,
     ) -> Completion:
         """Greedy answer; one that would fill the positions to the last gives up a token for begin-of-text."""
+        (prompt, new_tokens) = self._request(document, query, max_new_tokens, embedded_query)
+        return self._completion(self._answers([prompt], new_tokens, ignore_stop)[0])
+
+    def generate_batch(self, examples: Sequence[Example]) -> list[Completion]:
+        """The answers of ``generate``; examples that ask for equally many tokens go to the device together."""
+        requests = [self._request(e.document, e.query, e.max_new_tokens, e.embedded_query) for e in examples]
+        found: dict[int, Completion] = {}
+        for wanted in dict.fromkeys(new_tokens for _, new_tokens in requests):
+            places = [place for place, (_, new_tokens) in enumerate(requests) if new_tokens == wanted]
+            answers = self._answers([requests[place][0] for place in places], wanted)
+            found |= {place: self._completion(a) for place, a in zip(places, answers, strict=True)}
+        return [found[place] for place in range(len(requests))]
+
+    def _request(self, document: str, query: str, new_tokens: int, embedded_query: str | None) -> tuple[Any, int]:
+        """(prompt, tokens to be generated)."""
         document_ids, query_ids = self.open(self.tokens.encode(document)), self.tokens.encode(query)
         room = self.max_length - len(document_ids) - len(query_ids)
-        if max_new_tokens - len(self._opening) <= room < max_new_tokens:
-            max_new_tokens = room
+        if new_tokens - len(self._opening) <= room < new_tokens:
+            new_tokens = room
         embedded = None if embedded_query is None else self.tokens.encode(embedded_query)
-        (answer,) = self.answer_ids(
-            [(document_ids, query_ids)], max_new_tokens, embedded_query=embedded, ignore_stop=ignore_stop
-        )
+        return self._prompt(document_ids, query_ids, embedded), new_tokens
+
+    @staticmethod
+    def _completion(answer: Any) -> Completion:
         return Completion(
             text=answer.text,
             prompt_tokens=answer.document_tokens + answer.query_tokens,
@@ -93,16 +109,14 @@ class EngineSystem:
         ignore_stop: bool = False,
     ) -> list[Any]:
         """The engine's answers to a batch of (document, query) ids."""
+        return self._answers([self._prompt(d, q, embedded_query) for d, q in prompts], max_new_tokens, ignore_stop)
+
+    def _answers(self, asked: list[Any], max_new_tokens: int, ignore_stop: bool = False) -> list[Any]:
         from apb_jax.batching import answer_batch
 
-        given = {
-            "prompts": [[list(map(int, ids)) for ids in pair] for pair in prompts],
-            "new_tokens": max_new_tokens,
-            "embedded": None if embedded_query is None else list(map(int, embedded_query)),
-            "ignore_stop": ignore_stop,
-        }
+        ids = [[list(map(int, part)) for part in (p.document, p.query, p.embedded_query)] for p in asked]
+        given = {"prompts": ids, "new_tokens": max_new_tokens, "ignore_stop": ignore_stop}
         send({"method": self._method, "answer": given})
-        asked = [self._prompt(d, q, embedded_query) for d, q in prompts]
         check_memory(self._engine, asked, max_new_tokens)
         return answer_batch(self._engine, asked, max_new_tokens, stop_ids=() if ignore_stop else None)
 
@@ -132,9 +146,8 @@ class EngineSystem:
             self.score_ids(*call["score"])
             return
         given = call["answer"]
-        self.answer_ids(
-            given["prompts"], given["new_tokens"], embedded_query=given["embedded"], ignore_stop=given["ignore_stop"]
-        )
+        asked = [self._prompt(*ids) for ids in given["prompts"]]
+        self._answers(asked, given["new_tokens"], given["ignore_stop"])
 
     def describe(self) -> dict[str, Any]:
         import jax

@@ -13,11 +13,11 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ from apb_jax.retaining.labels import Sample, trace
 from apb_jax.retaining.objective import layer_scores, retaining_loss, top_overlap
 from apb_jax.typed import check_types
 from apb_jax.weights.checkpoint import LoadedModel, load
+
+MAX_PROMPT, MAX_ANSWER = 10240, 1024
+"""Tokens of a prompt and of an answer where neither the user nor the model's positions say less."""
 
 
 @dataclass(frozen=True)
@@ -145,22 +148,28 @@ class Checkpoints:
 
     def __init__(self, folder: Path, run: dict[str, Any], every: int) -> None:
         self.folder, self.every = folder.absolute(), every
-        self._card = self.folder / "run.json"
+        self._card, self._log = self.folder / "run.json", self.folder / "log.json"
         if self._card.exists():
             found = read_json(self._card, "the checkpoints' card")
             if not isinstance(found, dict):
                 raise UserError(f"{self._card} is damaged; give --restart or another --out")
-            other = sorted(k for k in run if found.get(k) != run[k])
+            other = sorted(k for k in run if k != "steps" and found.get(k) != run[k])
             if other:
                 raise UserError(
                     f"{folder} holds checkpoints of another run ({', '.join(other)} differ); "
                     "give --restart or another --out"
                 )
-        else:
-            write_json(self._card, run)
         self._manager = ocp.CheckpointManager(
             self.folder / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         )
+        latest = self.latest()
+        if latest is not None and latest > run["steps"]:
+            self.close()
+            raise UserError(
+                f"{folder} holds a run of {latest} steps, more than --steps {run['steps']}; give --steps {latest} or "
+                "more to go on, or --restart"
+            )
+        write_json(self._card, run)
 
     def latest(self) -> int | None:
         """The last step saved."""
@@ -170,8 +179,14 @@ class Checkpoints:
         """The state of a step, in the shapes and types of ``like``."""
         return self._manager.restore(step, args=ocp.args.StandardRestore(like))
 
-    def save(self, step: int, state: Any) -> None:
+    def log(self, step: int) -> list[dict[str, float]]:
+        """The log up to a step, as it was saved with the checkpoints."""
+        rows = read_json(self._log, "the checkpoints' log") if self._log.exists() else []
+        return [row for row in rows if row["step"] <= step]
+
+    def save(self, step: int, state: Any, log: list[dict[str, float]]) -> None:
         """Save and wait until it is on disk."""
+        write_json(self._log, log)
         self._manager.save(step, args=ocp.args.StandardSave(state))
         self._manager.wait_until_finished()
 
@@ -189,9 +204,17 @@ def order(count: int, seed: int, first: int, last: int) -> Iterator[int]:
         yield int(permutation[place])
 
 
+class Examples(Protocol):
+    """What heads are trained on: pieces, and the tokens of each."""
+
+    def pieces(self) -> Sequence[Any]: ...
+
+    def example(self, record: Any, index: int) -> Example: ...
+
+
 def train(
     model: LoadedModel,
-    corpus: Corpus,
+    corpus: Examples,
     recipe: Recipe,
     checkpoints: Checkpoints | None,
     console: Console,
@@ -201,13 +224,14 @@ def train(
     heads = initial_heads(model.config, recipe.hidden, recipe.seed)
     moments = recipe.optimizer().init(heads)
     first = 0
+    log: list[dict[str, float]] = []
     latest = checkpoints.latest() if checkpoints else None
     if checkpoints and latest is not None:
         state = checkpoints.restore(latest, {"heads": asdict(heads), "moments": moments})
         heads, moments, first = RetainingHead(**state["heads"]), state["moments"], latest
+        log = checkpoints.log(first)
         console.print(f"going on from step {first} of {recipe.steps}")
     pieces = corpus.pieces()
-    log: list[dict[str, float]] = []
     columns = (
         TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[what]}"),
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
@@ -224,18 +248,40 @@ def train(
             sample = Sample(jnp.asarray(tokens), jnp.int32(prompt), jnp.int32(total), prompt_rows, answer_rows)
             heads, moments, loss, overlap = train_step(graph, weights, heads, moments, sample, recipe=recipe)
             recent.append((loss, overlap))
+            progress.update(bar, completed=step)
             if step % 10 == 0 or step == recipe.steps:
                 mean = float(np.mean([float(x) for x, _ in recent]))
                 share = float(np.mean([np.mean(np.asarray(y)) for _, y in recent]))
                 recent = []
                 if not np.isfinite(mean):
                     raise UserError(f"the loss is {mean} at step {step}; try a smaller --learning-rate")
-                progress.update(bar, completed=step, what=f"loss {mean:.4f}  top-10% overlap {share:.1%}")
+                progress.update(bar, what=f"loss {mean:.4f}  top-10% overlap {share:.1%}")
                 if step % 50 == 0 or step == recipe.steps:
                     log.append({"step": step, "loss": mean, "overlap": share})
             if checkpoints and (step % checkpoints.every == 0 or step == recipe.steps):
-                checkpoints.save(step, {"heads": asdict(heads), "moments": moments})
+                checkpoints.save(step, {"heads": asdict(heads), "moments": moments}, log)
     return heads, log
+
+
+def lengths_within(model: LoadedModel, prompt: int | None, answer: int | None) -> tuple[int, int]:
+    """Tokens of a prompt and of an answer, as asked or up to what the model has positions for.
+
+    Raises:
+        UserError: what was asked for exceeds the positions.
+    """
+    positions = model.config.max_positions
+    # What is left open shrinks with the model: an answer to a quarter of the positions, a prompt to the rest.
+    fits = answer if answer is not None else min(MAX_ANSWER, positions // 4)
+    chosen = prompt if prompt is not None else min(MAX_PROMPT, positions - fits)
+    if answer is None and prompt is not None:
+        fits = min(fits, positions - prompt)
+    if chosen + fits > positions or chosen < 1 or fits < 1:
+        raise UserError(
+            f"prompts of {chosen} and answers of {fits} tokens exceed the {positions} positions of {model.name}; "
+            f"nearest legal choice: --max-length {max(1, positions - max(1, min(fits, positions // 4)))} "
+            f"--max-answer {max(1, min(fits, positions // 4))}"
+        )
+    return chosen, fits
 
 
 def make_codec(model: LoadedModel) -> PromptCodec:
@@ -254,11 +300,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if args.dataset:
         records += read_data_set(args.dataset, args.split)
     model = load(str(args.model), dtype=args.dtype)
-    corpus = Corpus(tuple(records), make_codec(model), args.max_length, args.max_answer, args.embed_share)
+    max_length, max_answer = lengths_within(model, args.max_length, args.max_answer)
+    corpus = Corpus(tuple(records), make_codec(model), max_length, max_answer, args.embed_share)
     digest = hashlib.sha256(repr(records).encode()).hexdigest()[:16]
     card = asdict(recipe) | {
-        "model": model.name, "corpus": digest, "records": len(records), "max_length": args.max_length,
-        "max_answer": args.max_answer, "embed_share": args.embed_share,
+        "model": model.name, "corpus": digest, "records": len(records), "max_length": max_length,
+        "max_answer": max_answer, "embed_share": args.embed_share,
     }  # fmt: skip
     folder = args.out.with_name(args.out.name + ".checkpoints")
     if args.restart and folder.exists():
@@ -266,10 +313,18 @@ def run(args: argparse.Namespace, console: Console) -> None:
     checkpoints = Checkpoints(folder, card, args.save_every)
     device = jax.devices()[0].device_kind
     console.print(f"{len(records)} records, {recipe.steps} steps on {device}, JAX {jax.__version__}")
+    finished = checkpoints.latest() == recipe.steps and args.out.exists()
     try:
-        heads, log = train(model, corpus, recipe, checkpoints, console)
+        log = checkpoints.log(recipe.steps)
+        if not finished:
+            heads, log = train(model, corpus, recipe, checkpoints, console)
     finally:
         checkpoints.close()
+    if args.log:
+        write_json(args.log, {"run": card, "log": log})
+    if finished:
+        console.print(f"these {recipe.steps} steps are done; {args.out} stays as it is (--restart, or more --steps)")
+        return
     metadata = {"format": "pt", "recipe": json.dumps(card), "device": device, "jax": jax.__version__}
     metadata |= {"final": json.dumps(log[-1])} if log else {}
     tensors = hf_heads(heads)
@@ -279,8 +334,6 @@ def run(args: argparse.Namespace, console: Console) -> None:
         save_file(tensors, part, metadata=metadata)
     if log:
         console.print(f"loss {log[-1]['loss']:.4f}, top-10% overlap {log[-1]['overlap']:.1%}: {args.out}")
-    if args.log:
-        write_json(args.log, {"run": card, "log": log})
 
 
 def make_parser() -> Parser:
@@ -296,8 +349,16 @@ def make_parser() -> Parser:
     parser.add_argument("--warmup", type=count(0), default=300, help="warm-up steps (APB: 300, Locret: 2000)")
     parser.add_argument("--learning-rate", type=number(float, 0, 1, above=True), default=5e-4, help="its highest")
     parser.add_argument("--smoothing", type=number(float, 0), default=0.0025, help="weight of the scores' smoothness")
-    parser.add_argument("--max-length", type=count(16), default=10240, help="tokens of a prompt at most")
-    parser.add_argument("--max-answer", type=count(1), default=1024, help="tokens of an answer, question included")
+    parser.add_argument(
+        "--max-length",
+        type=count(16),
+        help=f"tokens of a prompt at most (default: {MAX_PROMPT}, or as many as the model holds)",
+    )
+    parser.add_argument(
+        "--max-answer",
+        type=count(1),
+        help=f"tokens of an answer, question included (default: {MAX_ANSWER}, or a quarter of the positions)",
+    )
     parser.add_argument(
         "--embed-share",
         type=number(float, 0, 1),

@@ -145,6 +145,26 @@ def test_the_command_runs_every_benchmark(folder, tmp_path, capsys):
     assert (tmp_path / "l" / "res.csv").read_text().startswith("\tapb\tfull\n1K\t")
 
 
+TIMES = ("prefill_s", "decode_s")
+
+
+def test_a_batch_gives_the_rows_of_one_at_a_time(system_of, tmp_path):
+    """Also where tasks ask for other answers, and where a run of one at a time is continued."""
+    system, rows = system_of("apb"), {}
+    tasks = [RulerTask(name, system.tokens, 600, 4, variant="ruler_fit") for name in ("niah_single_1", "passkey")]
+    config = run_config("ruler", system, tasks, 4)
+    quiet = {"console": Console(quiet=True), "label": "apb"}
+    for name, batch, samples in (("one", 1, 4), ("two", 2, 4), ("continued", 1, 1), ("continued", 2, 4)):
+        with RunFolder(tmp_path / name, config) as folder:
+            run_tasks(system, tasks, folder, samples=samples, batch=batch, **quiet)
+    for name in ("one", "two", "continued"):
+        found = [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(tmp_path / name)]
+        rows[name] = sorted(found, key=lambda row: (row["task"], row["id"]))
+    assert len(rows["one"]) == 8
+    assert rows["two"] == rows["one"]
+    assert rows["continued"] == rows["one"]
+
+
 def test_a_length_beyond_the_packaged_models_positions(tmp_path, capsys):
     assert run(["needle", "--model", "tiny", "--seq", "64k", "--sp", "2", "--out", str(tmp_path)]) == 2
     line = capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 from fake_system import RegexSystem
 from rich.console import Console
 
+from evals.ahead import ahead, batches
 from evals.base import EvalError
 from evals.cli import main
 from evals.ruler import RulerTask
@@ -132,3 +133,31 @@ def test_a_report_over_deeply_nested_json_is_one_line(tmp_path, name, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_samples_are_prepared_ahead_in_order_and_no_further():
+    made = []
+
+    def source():
+        for number in range(20):
+            made.append(number)
+            yield number
+
+    items = ahead(source(), 3)
+    assert [next(items), next(items)] == [0, 1]
+    items.close()
+    assert made == list(range(len(made)))
+    assert len(made) <= 5
+    assert list(ahead(iter("abcde"), 3)) == list("abcde")
+    assert list(batches("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_what_preparing_a_sample_raises_comes_in_its_turn():
+    def source():
+        yield 1
+        raise EvalError("the second sample does not fit")
+
+    items = ahead(source(), 4)
+    assert next(items) == 1
+    with pytest.raises(EvalError, match="second sample"):
+        next(items)

@@ -9,16 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_checkpoints import tiny_config, write_checkpoint
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.numpy import load_file, safe_open
 
-from apb_jax.retaining.train import Recipe, main, order
+from apb_jax.errors import UserError
+from apb_jax.retaining.corpus import Corpus, read_records
+from apb_jax.retaining.train import Recipe, lengths_within, main, make_codec, order, train
 from apb_jax.tiny import FOLDER
 from apb_jax.weights.checkpoint import load
 
@@ -115,6 +121,48 @@ def test_a_killed_run_goes_on_to_the_same_weights(model: Path, data: Path, tmp_p
     # Another recipe does not go on from these checkpoints.
     assert main([*arguments(model, data, whole), "--learning-rate", "0.1"]) == 2
 
+    # A finished run repeated keeps its file, to the byte, and its log.
+    before, logged = whole.read_bytes(), (tmp_path / "log.json").read_text()
+    assert main(arguments(model, data, whole, "--log", str(tmp_path / "log.json"))) == 0
+    assert whole.read_bytes() == before
+    assert (tmp_path / "log.json").read_text() == logged
+
+    # More steps go on where it ended; fewer are refused.
+    assert main([*arguments(model, data, whole, "--log", str(tmp_path / "log.json")), "--steps", str(STEPS + 10)]) == 0
+    longer = json.loads((tmp_path / "log.json").read_text())["log"]
+    assert [row["step"] for row in longer] == [STEPS, STEPS + 10]
+    assert longer[:1] == log
+    assert whole.read_bytes() != before
+    assert main([*arguments(model, data, whole), "--steps", str(STEPS)]) == 2
+
+
+def test_the_bar_moves_every_step(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    update = Progress.update
+
+    def watched(self: Progress, *args: Any, completed: float | None = None, **more: Any) -> None:
+        if completed is not None:
+            seen.append(completed)
+        update(self, *args, completed=completed, **more)
+
+    monkeypatch.setattr(Progress, "update", watched)
+    loaded = load(str(model))
+    corpus = Corpus(tuple(read_records(data)), make_codec(loaded), 64, 16)
+    train(loaded, corpus, Recipe(8, 7, 1), None, Console(quiet=True))
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_lengths_stay_within_the_models_positions(model: Path) -> None:
+    loaded = load(str(model))  # 1,024 positions
+    assert lengths_within(loaded, None, None) == (768, 256)
+    assert lengths_within(loaded, 900, None) == (900, 124)
+    assert lengths_within(loaded, None, 500) == (524, 500)
+    wide = replace(loaded, config=replace(loaded.config, max_positions=131072))
+    assert lengths_within(wide, None, None) == (10240, 1024)
+    for asked in ((1000, 100), (1024, None), (None, 1024)):
+        with pytest.raises(UserError, match="exceed the 1024 positions of m; nearest legal choice: --max-length"):
+            lengths_within(loaded, *asked)
+
 
 @pytest.mark.parametrize(
     ("change", "says"),
@@ -122,6 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(model: Path, data: Path, tmp_p
         (["--steps", "0"], "steps is 0"),
         (["--warmup", "40"], "warmup is 40"),
         (["--hidden", "-1"], "hidden is -1"),
+        (["--max-length", "1000", "--max-answer", "100"], "exceed the 1024 positions"),
         (["--max-length", "3"], "--max-length is 3; it must be at least 16"),
         (["--embed-share", "1.5"], "1.5"),
         (["--save-every", "0"], "--save-every"),
