@@ -17,7 +17,7 @@ from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.cache import TailCache
 from apb_jax.programs import Lengths, Programs, Recipe
-from apb_jax.quantised_cache import AnyCache
+from apb_jax.quantised_cache import AnyCache, cache_kind
 from apb_jax.rope.string import StringRope
 from apb_jax.sampling import draw, greedy
 
@@ -166,7 +166,7 @@ def query_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
             x = jnp.take_along_axis(x, (asked - 1)[:, None, None], axis=1)
         return programs.model(weights).logits(x, replace(programs.where, slices=programs.slices)), tail
 
-    caches, tails = cache.specs(), TailCache.specs()
+    caches, tails = cache_kind(programs.precision.kv).specs(), TailCache.specs()
     make = lambda: programs.traced(  # noqa: E731
         body, (programs.specs, P(), P(), caches, tails), (P(), tails), donate=(4,)
     )
@@ -216,6 +216,6 @@ def decode_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
 
     states = DecodeState.specs()
     make = lambda: programs.traced(  # noqa: E731
-        body, (programs.specs, cache.specs(), P(), states), (P(), P(), states), donate=(3,)
+        body, (programs.specs, cache_kind(programs.precision.kv).specs(), P(), states), (P(), P(), states), donate=(3,)
     )
     return "decode", plan, make
