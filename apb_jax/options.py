@@ -380,7 +380,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="reproduce the published code's causal mask of the query phase on shards without the query",
     )
     group.add_argument("--kernels", choices=KERNELS, default="auto", help="prefill attention; a name never falls back")
-    add_precision(group)
     group.add_argument(
         "--compare",
         type=arguments.names,

@@ -182,6 +182,9 @@ def skinny(journal: Journal, config: ModelConfig) -> None:
     layers(journal, config, 1, "skinny", in_place=True, hows=(CUBLAS,))
 
 
+RECIPES = {"bf16": Precision(), "fp8": Precision.of("fp8"), "fp8 weights": Precision(weights="fp8")}
+
+
 def engine(journal: Journal, model: Any, lengths: tuple[int, int]) -> None:
     """full and apb (8 shards) at the longer length, full at the shorter one, bf16 and then fp8."""
     short, long = lengths
@@ -190,12 +193,11 @@ def engine(journal: Journal, model: Any, lengths: tuple[int, int]) -> None:
     kept: dict[tuple[str, int], Any] = {}
     cost = {"full": 30.0, "apb": 20.0} if jax.default_backend() == "gpu" else {"full": 1.0, "apb": 1.0}
     for method, seq, shards, repeat in cases:
-        for word in ("bf16", "fp8"):
-            name = f"{word:<4} {method:<4} {seq:>7} tokens"
+        for word, precision in RECIPES.items():
+            name = f"{word:<11} {method:<4} {seq:>7} tokens"
             if not journal.room(name, cost[method] if seq == long else 10):
                 continue
             with journal.trying(name):
-                precision = Precision(weights="fp8") if word == "fp8" else Precision()
                 if word not in made:
                     made[word] = engines.engine_at(model, precision, "full", None)
                     journal.tell(f"{word} weights on the device")

@@ -94,7 +94,6 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group.add_argument("--set", action="append", type=_setting, default=[], metavar="FIELD=VALUE")
     group.add_argument("--kernels", choices=KERNELS, default="auto")
-    add_precision(group)
 
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")

@@ -297,7 +297,9 @@ def test_lengths():
 def test_evals_knows_no_engine_outside_its_entry_points():
     """Only the system, its followers and the harness's task load a model; the rest knows options, files, documents."""
     allowed = {"system.py", "follow.py", "apb_ruler.py"}
-    light = re.compile(r"apb_jax\.(errors|synthetic|json_text|arguments|command|files|install|joining|options)\b")
+    light = re.compile(
+        r"apb_jax\.(errors|synthetic|json_text|arguments|command|files|install|joining|options|precision)\b"
+    )
     for path in (ROOT / "evals").rglob("*.py"):
         imports = re.findall(
             r"^\s*(?:from|import) ((?:apb_jax|pallas_kernels|converters|jax)\b[\w.]*)", path.read_text(), re.M
