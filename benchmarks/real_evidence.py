@@ -153,6 +153,9 @@ def main(argv: list[str]) -> int | None:
         "page": page_command,
     }
     name = argv[0] if argv else ""
+    if name in ("-h", "--help"):
+        print(f"{__doc__.strip()}\n\nCommands, each with --help: {', '.join(commands)}")
+        return 0
     if name not in commands:
         Parser(prog="python -m benchmarks.real_evidence", description=__doc__).error(
             f"{name!r} is no command; there are: {', '.join(commands)}"

@@ -107,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="sessions kept on the devices (default: 40%% of the memory that is free behind the weights; 2G on CPUs)",
     )  # fmt: skip
     group.add_argument(
-        "--memory", type=parse_bytes, metavar="SIZE",
+        "--memory", type=size(2**20), metavar="SIZE",
         help="of each device that may be used; what does not fit is refused (default: what the devices say)",
     )  # fmt: skip
     group.add_argument(
@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder of this server's own in which sessions survive a restart (default: device memory alone)",
     )  # fmt: skip
     group.add_argument(
-        "--sessions-bytes", type=parse_bytes, default=50 << 30, metavar="SIZE", help="in that folder (default: 50G)"
+        "--sessions-bytes", type=size(2**20), default=50 << 30, metavar="SIZE", help="in that folder (default: 50G)"
     )
     group.add_argument(
         "--max-new-tokens", type=number(int, 1), default=512, metavar="N",

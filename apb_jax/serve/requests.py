@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from apb_jax.sampling import Sampler
+from apb_jax.sampling import LEAST_TEMPERATURE, Sampler
 from apb_jax.serve.fields import Fields, clean_text
 from apb_jax.serve.refusal import not_found, wrong
 
@@ -90,13 +90,18 @@ def parse_options(fields: Fields, defaults: Defaults) -> Options:
         raise wrong("stream_options", "stream_options goes with stream: true")
     return Options(
         max_tokens=limits.pop() if limits else None,
-        sampler=Sampler(defaults.temperature if temperature is None else temperature, 1.0 if top_p is None else top_p),
+        sampler=_sampler(defaults.temperature if temperature is None else temperature, 1.0 if top_p is None else top_p),
         seed=secrets.randbelow(2**31) if seed is None else seed % 2**31,
         stop=parse_stop(fields.body.get("stop")),
         stream=streaming,
         include_usage=extra.flag("include_usage"),
         return_progress=fields.flag("return_progress"),
     )
+
+
+def _sampler(temperature: float, top_p: float) -> Sampler:
+    """A temperature that float32 cannot divide by picks the best token, as its limit does."""
+    return Sampler(temperature if temperature >= LEAST_TEMPERATURE else 0.0, top_p)
 
 
 def parse_stop(value: Any) -> tuple[str, ...]:

@@ -49,8 +49,13 @@ def _workplace(target: Path) -> Iterator[Path]:
         raise UserError(f"{target} exists; choose another --out or remove it first")
     partial = target.with_name(target.name + PARTIAL)
     with disk_errors(target):
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            handle = os.open(partial, os.O_RDONLY)
+        except (FileExistsError, FileNotFoundError) as error:  # its owner finished while we looked
+            if partial.exists():
+                raise
+            raise UserError(f"another conversion into {target} has just finished") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

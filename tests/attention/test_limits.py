@@ -197,6 +197,8 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "options", "sp", "why"), REFUSED, ids=name_of)
 def test_refused_before_weights(tmp_path: Path, name: str, options: dict[str, Any], sp: int, why: str) -> None:
     class NoWeights:
+        fp8 = False
+
         def __getattr__(self, _: str) -> Any:
             raise AssertionError("weights were touched")
 
