@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -152,10 +153,11 @@ def _lost(own: Sequence[Row]) -> str:
                 if task != "mean" and _outside(found["full", length, task], found[method, length, task])
             ]
             kept = 100 * mine["score"] / full["score"] if full["score"] else 0.0
-            lines.append(
-                f"- {WORDS[method]}, {length_name(length)}: {mine['score']:.1f} of full attention's "
+            text = (
+                f"{WORDS[method]}, {length_name(length)}: {mine['score']:.1f} of full attention's "
                 f"{full['score']:.1f} ({kept:.0f}%). Tasks whose intervals do not meet: {', '.join(apart) or 'none'}."
             )
+            lines += textwrap.wrap(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines) if len(lines) > 1 else ""
 
 
