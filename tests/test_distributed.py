@@ -91,10 +91,10 @@ simulate_devices(2 // count)
 Joining(*((address, count, place) if count > 1 else ())).start()
 import apb_jax
 engine = apb_jax.Engine(apb_jax.load(folder), "apb", apb_jax.make_mesh(sp=2))
-document = [1 + i * 7 % 90 for i in range(250)]
+document = [1 + i * 7 % 40 for i in range(200)]
 session = engine.prefill([engine.prompt(document, [5, 6, 7])])
 told = [session.ask(query, 4, stop_ids=()).tokens for query in ([8, 9], [11, 3, 40])]
-both = [a.tokens for a in engine.generate([document, document[:200]], [[8, 9], [7, 7, 7]], 3, stop_ids=())]
+both = [a.tokens for a in engine.generate([document, document[:160]], [[8, 9], [7, 7, 7]], 3, stop_ids=())]
 try:
     session.save(Path(folder) / "saved")
 except apb_jax.UserError as error:

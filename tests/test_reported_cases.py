@@ -18,6 +18,7 @@ from rich.console import Console
 from apb_jax.attention.full import Full
 from apb_jax.generation import Answer
 from apb_jax.model.config import ModelConfig
+from apb_jax.precision import Precision
 from apb_jax.prompt.codec import make_codec
 from apb_jax.report import describe
 from apb_jax.rope.yarn import YarnRope
@@ -73,7 +74,7 @@ def test_emoji_codes_are_text() -> None:
 def test_an_answer_of_one_line_break_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apb_jax.report.planned_bytes", lambda session, new_tokens: 1)
     model = SimpleNamespace(config=ModelConfig.from_hf(YARN), dtype=SimpleNamespace(name="float32"))
-    settings = SimpleNamespace(kernels=SimpleNamespace(attention=None), slice_decode=False)
+    settings = SimpleNamespace(kernels=SimpleNamespace(attention=None), slice_decode=False, precision=Precision())
     engine = SimpleNamespace(
         model=model, settings=settings, template="model", mesh=SimpleNamespace(shape={}), shards=1, codec=object(),
         programs=SimpleNamespace(largest=1, choices={}),

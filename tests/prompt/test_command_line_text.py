@@ -32,9 +32,9 @@ def test_hostile_document(
     seen: list[Any] = []
     prefill = Engine.prefill
 
-    def watched(engine: Engine, prompts: list[Any]) -> Any:
+    def watched(engine: Engine, prompts: list[Any], *wanted: Any) -> Any:
         seen[:] = [engine, prompts[0]]
-        return prefill(engine, prompts)
+        return prefill(engine, prompts, *wanted)
 
     monkeypatch.setattr(Engine, "prefill", watched)
     file = tmp_path / "hostile.txt"
