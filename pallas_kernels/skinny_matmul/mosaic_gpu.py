@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import array_type
+from pallas_kernels.compat import array_type, transpose_smem
 from pallas_kernels.device import Device, refuse_unless_hopper
 from pallas_kernels.float8 import FP8, quantise
 from pallas_kernels.skinny_matmul.call import MatmulCall
@@ -89,7 +89,7 @@ def _kernel(x_ref, stack_refs, place, out_ref, scratch, *, config, columns):
                 plgpu.barrier_wait(x_ready.at[slot])
                 plgpu.barrier_wait(w_ready.at[slot])
                 w = w_smem.at[slot]
-                plgpu.wgmma(acc_ref, x_smem.at[slot], plgpu.transpose_ref(w, (1, 0)) if output_major else w)
+                plgpu.wgmma(acc_ref, x_smem.at[slot], transpose_smem(w) if output_major else w)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot])
 
