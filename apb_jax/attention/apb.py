@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from apb_jax.attention.attend import Keys, Queries, attend, project
 from apb_jax.attention.budgets import apb_budget
 from apb_jax.attention.expected_scores import FUTURE, expected_scores
-from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
+from apb_jax.attention.inputs import DEFAULT_KERNELS, KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, block_layout, bucket, surely
 from apb_jax.attention.method import ONE_SHARD, AttentionMethod, Capabilities, Setup
 from apb_jax.attention.query_scores import WINDOW, query_scores
@@ -268,7 +268,7 @@ class APB(AttentionMethod):
         k: Float[Array, "B S K D"],
         v: Float[Array, "B S K D"],
         shard: Shard,
-        kernels: Kernels = Kernels(),  # noqa: B008 - frozen
+        kernels: Kernels = DEFAULT_KERNELS,
     ) -> tuple[Int[Array, "B P K"], Float[Array, "B TP K D"], Float[Array, "B TP K D"]]:
         """Select, ``all_gather`` (one, K and V together), and put the earlier shards' tokens right-aligned.
 
@@ -286,7 +286,7 @@ class APB(AttentionMethod):
         k: Float[Array, "B S K D"],
         v: Float[Array, "B S K D"],
         shard: Shard,
-        kernels: Kernels = Kernels(),  # noqa: B008 - frozen
+        kernels: Kernels = DEFAULT_KERNELS,
     ) -> tuple[Int[Array, "B P K"] | None, KeptKV, KeptKV | None]:
         """The same with a shared anchor, whose keys and values travel along: (selected rows, anchor, passing block)."""
         rows = self.anchor_rows(shard)
