@@ -191,10 +191,14 @@ def test_two_servers_do_not_share_a_folder(start: Start, engine: apb_jax.Engine,
         DiskStore(engine, DeviceStore(1), tmp_path / "sessions", 1)
 
 
-def test_a_document_that_cannot_fit_is_refused_before_its_prefill(start: Start) -> None:
+def test_a_document_that_cannot_fit_is_refused_before_its_prefill(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from apb_jax.serve.memory import MemoryPlan
 
     server, http = start()
+    # What lives on a simulated device is counted over the process: arrays of other tests would count as this server's.
+    monkeypatch.setattr(MemoryPlan, "used", lambda self: self.memory(1).components["weights"])
     memory: MemoryPlan = server.service.loaded.worker.memory
     small, large = (memory.memory(n).bytes_per_device for n in (600, 6000))
     server, http = start(memory=(small + large) // 2)
