@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -23,10 +25,29 @@ class LayerKV:
     v: Float[Array, "L B rows K D"]
 
     @classmethod
-    def zeros(cls, config: ModelConfig, batch: int, rows: int, dtype: Any) -> Self:
-        """An empty cache; ``rows`` over all shards."""
-        shape = (config.num_layers, batch, rows, config.num_kv_heads, config.head_dim)
+    def zeros(cls, config: ModelConfig, batch: int, rows: int, dtype: Any, layers: int | None = None) -> Self:
+        """An empty cache of all layers or so many; ``rows`` over all shards."""
+        shape = (layers or config.num_layers, batch, rows, config.num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    @property
+    def layers(self) -> int:
+        """Layers that are held here."""
+        return int(self.k.shape[0])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of one layer, K and V."""
+        return sum(math.prod(array.shape[3:]) * array.dtype.itemsize for array in vars(self).values())
+
+    @property
+    def addressable(self) -> bool:
+        """Whether this process sees all of it."""
+        return bool(self.k.is_fully_addressable)
+
+    def on_host(self, layer: int) -> dict[str, np.ndarray]:
+        """One layer's arrays [B, rows, K, ...] by field, from wherever their rows and heads lie."""
+        return {name: _on_host(array, layer) for name, array in vars(self).items()}
 
     def replaced(self, layer: Int[Array, ""], **parts: Array) -> Self:
         """This cache with one layer of every array as given, by field."""
@@ -36,6 +57,13 @@ class LayerKV:
     def at(self, layer: Int[Array, ""]) -> CachedLayer:
         """One layer, where it lies."""
         return CachedLayer(self.k, self.v, layer)
+
+
+def _on_host(array: jax.Array, layer: int) -> np.ndarray:
+    whole = np.empty(array.shape[1:], array.dtype)
+    for part in array.addressable_shards:
+        whole[part.index[1:]] = np.asarray(part.data[layer])
+    return whole
 
 
 @jax.tree_util.register_dataclass

@@ -83,6 +83,7 @@ class DecodePlan:
         return self.method or Full()
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TailRows:
     """M tail tokens of each request from slot ``slot`` on, ``rows`` of them real."""
@@ -92,6 +93,18 @@ class TailRows:
     rows: Int[Array, " B"]
     query_tokens: Int[Array, " B"] | None = None
     """Given where the quirk of the query phase is asked for."""
+
+    @classmethod
+    def of_query(cls, tokens: Int[Array, "B M"], lengths: Lengths, plan: DecodePlan) -> TailRows:
+        """The queries, from slot 0 on."""
+        asked = lengths.query_tokens
+        return cls(tokens, jnp.zeros_like(asked), asked, asked if plan.bottom_right else None)
+
+    @classmethod
+    def of_step(cls, state: DecodeState, lengths: Lengths) -> TailRows:
+        """The last token of every answer."""
+        slot = lengths.query_tokens + state.made - 1
+        return cls(state.token[:, None], slot, jnp.ones_like(slot))
 
 
 def extend(
@@ -104,6 +117,33 @@ def extend(
     tail: TailCache,
 ) -> tuple[Float[Array, "B M E"], TailCache]:
     """New tail tokens through all layers; inside a program."""
+    x = programs.model(weights).embed(new.tokens)
+    return through(programs, plan, weights, x, new, lengths, Held(cache, 0), tail)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Some layers' cache, and which layer is its first."""
+
+    cache: AnyCache
+    first: Int[Array, ""] | int
+
+    def at(self, layer: Int[Array, ""]) -> CachedLayer:
+        """Layer ``layer`` of the model."""
+        return self.cache.at(layer - self.first)
+
+
+def through(
+    programs: Programs,
+    plan: DecodePlan,
+    weights: nnx.State,
+    x: Float[Array, "B M E"],
+    new: TailRows,
+    lengths: Lengths,
+    held: Held,
+    tail: TailCache,
+) -> tuple[Float[Array, "B M E"], TailCache]:
+    """Hidden rows of new tail tokens through the layers that are held; inside a program."""
     placement, model = lengths.placement, programs.model(weights)
     positions = (lengths.tail_start + new.slot)[:, None] + jnp.arange(new.tokens.shape[1], dtype=jnp.int32)[None]
 
@@ -113,7 +153,7 @@ def extend(
         if placement.local > 1 and plan.method is None and not isinstance(inputs.rope, StringRope):
             kept = lengths.kept_on_device()
             asked = (kept, own_tail, new.slot, new.query_tokens)
-            return decode_on_device(inputs.rotated()[0], cache.at(inputs.layer), *asked, placement), tail
+            return decode_on_device(inputs.rotated()[0], held.at(inputs.layer), *asked, placement), tail
 
         def one_shard(document: CachedLayer) -> Any:
             shard = lengths.shard()
@@ -130,16 +170,38 @@ def extend(
             return plan.rule.decode(inputs, cached, shard)
 
         if placement.local == 1:
-            return one_shard(cache.at(inputs.layer)), tail
+            return one_shard(held.at(inputs.layer)), tail
         # Every shard gives the merged rows: one copy of them is enough.
-        alone = cache.at(inputs.layer).alone(inputs.v.dtype)
+        alone = held.at(inputs.layer).alone(inputs.v.dtype)
         out = placement.each_shard(lambda k, v: one_shard(CachedLayer.of(k, v)), *alone)
         return out[:, : new.tokens.shape[1]], tail
 
     return model.run_layers(
-        model.embed(new.tokens), positions, attend, tail,
-        start=0, where=replace(programs.where, slices=programs.slices, in_place=True),
+        x, positions, attend, tail, start=held.first, count=held.cache.layers,
+        where=replace(programs.where, slices=programs.slices, in_place=True),
     )  # fmt: skip
+
+
+def query_logits(
+    programs: Programs, plan: DecodePlan, weights: nnx.State, x: Float[Array, "B M E"], lengths: Lengths
+) -> Float[Array, "B R V"]:
+    """Logits of the query's last row (R = 1), or of all M rows; inside a program."""
+    if not plan.with_logits:
+        x = jnp.take_along_axis(x, (lengths.query_tokens - 1)[:, None, None], axis=1)
+    return programs.model(weights).logits(x, replace(programs.where, slices=programs.slices))
+
+
+def next_token(
+    programs: Programs, plan: DecodePlan, weights: nnx.State, x: Float[Array, "B 1 E"], asked: Asked, state: DecodeState
+) -> tuple[Int[Array, " B"], Float[Array, "B V"], DecodeState]:
+    """(what the host is told, logits, state) of the next token, from the last one's hidden rows; inside a program."""
+    logits = programs.model(weights).logits(x, replace(programs.where, slices=programs.slices))[:, 0]
+    key, use = jax.random.split(jax.random.wrap_key_data(state.key))
+    token = greedy(logits) if plan.greedy else draw(logits, use, asked.temperature, asked.top_p)
+    broken = ~state.done & ~jnp.all(jnp.isfinite(logits), axis=1)
+    done = state.done | jnp.any(token[:, None] == asked.stop[None], axis=1) | broken
+    told = jnp.where(broken, BROKEN, jnp.where(done, -1, token))
+    return told, logits, DecodeState(token, done, state.made + 1, jax.random.key_data(key), state.tail)
 
 
 def query(
@@ -159,12 +221,9 @@ def query_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
     """What ``Programs`` compiles for ``query``."""
 
     def body(weights: Any, tokens: Any, lengths: Lengths, cache: AnyCache, tail: TailCache) -> Any:
-        asked = lengths.query_tokens
-        new = TailRows(tokens, jnp.zeros_like(asked), asked, asked if plan.bottom_right else None)
+        new = TailRows.of_query(tokens, lengths, plan)
         x, tail = extend(programs, plan, weights, new, lengths, cache, tail)
-        if not plan.with_logits:
-            x = jnp.take_along_axis(x, (asked - 1)[:, None, None], axis=1)
-        return programs.model(weights).logits(x, replace(programs.where, slices=programs.slices)), tail
+        return query_logits(programs, plan, weights, x, lengths), tail
 
     caches, tails = cache_kind(programs.precision.kv).specs(), TailCache.specs()
     make = lambda: programs.traced(  # noqa: E731
@@ -189,7 +248,7 @@ def decode_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
 
     def body(weights: Any, cache: AnyCache, asked: Asked, state: DecodeState) -> Any:
         batch, vocabulary = state.token.shape[0], programs.config.vocab_size
-        lengths, first = asked.lengths, state.made
+        first = state.made
 
         def more(loop: Any) -> Any:
             _, _, state = loop
@@ -197,18 +256,12 @@ def decode_recipe(programs: Programs, plan: DecodePlan) -> Recipe:
 
         def step(loop: Any) -> Any:
             out, rows, state = loop
-            slot = lengths.query_tokens + state.made - 1
-            new = TailRows(state.token[:, None], slot, jnp.ones_like(slot))
-            x, tail = extend(programs, plan, weights, new, lengths, cache, state.tail)
-            logits = programs.model(weights).logits(x, replace(programs.where, slices=programs.slices))[:, 0]
-            key, use = jax.random.split(jax.random.wrap_key_data(state.key))
-            token = greedy(logits) if plan.greedy else draw(logits, use, asked.temperature, asked.top_p)
-            broken = ~state.done & ~jnp.all(jnp.isfinite(logits), axis=1)
-            done = state.done | jnp.any(token[:, None] == asked.stop[None], axis=1) | broken
+            new = TailRows.of_step(state, asked.lengths)
+            x, tail = extend(programs, plan, weights, new, asked.lengths, cache, state.tail)
             place = state.made - first
-            out = out.at[:, place].set(jnp.where(broken, BROKEN, jnp.where(done, -1, token)))
+            told, logits, state = next_token(programs, plan, weights, x, asked, replace(state, tail=tail))
             rows = rows.at[place].set(logits) if plan.with_logits else rows
-            return out, rows, DecodeState(token, done, state.made + 1, jax.random.key_data(key), tail)
+            return out.at[:, place].set(told), rows, state
 
         out = jnp.full((batch, CHUNK), -1, jnp.int32)
         rows = jnp.zeros((CHUNK, batch, vocabulary) if plan.with_logits else (0,), jnp.float32)

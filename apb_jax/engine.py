@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from apb_jax import host_kv
 from apb_jax.ahead import compile_ahead
 from apb_jax.attention.inputs import Kernels, Prompt
 from apb_jax.attention.method import AttentionMethod, Capabilities, Setup
@@ -21,7 +22,9 @@ from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.batching import answer_batch, common_method
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer, Wanted, wanted_of
+from apb_jax.host_kv import HostCache
 from apb_jax.kv_codes import CODES
+from apb_jax.kv_memory import DEVICE, HOST, PLACES
 from apb_jax.mesh import SP, TP, make_mesh
 from apb_jax.model.slices import WeightSlices
 from apb_jax.precision import FP8, MODEL, Precision
@@ -30,6 +33,7 @@ from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt.codec import make_codec
 from apb_jax.prompt.ids import Text, make_prompt
 from apb_jax.prompt.style import NONE, PromptStyle
+from apb_jax.quantised_cache import AnyCache
 from apb_jax.session import Session, is_batch
 from apb_jax.typed import check_items, check_names, check_types, check_value
 from apb_jax.weights.checkpoint import LoadedModel
@@ -70,6 +74,8 @@ class Settings:
     """The originals' causal quirk of the query phase (thunlp/APB's code, not its paper)."""
     precision: Precision = field(default_factory=Precision)
     """In which types weights, KV and attention are held and multiplied."""
+    kv_memory: str = DEVICE
+    """Where the document's KV is kept: "device", or "host" (``host_kv.py``)."""
     answers_only: bool = False
     """Never prefill, only answer from loaded sessions: also on meshes on which the method could not prefill."""
 
@@ -79,6 +85,8 @@ class Settings:
             raise UserError(f"--shards is {self.shards}; it must be at least 1")
         if self.placement not in ORDERS:
             raise UserError(f"placement {self.placement!r} is unknown; choose one of {', '.join(ORDERS)}")
+        if self.kv_memory not in PLACES:
+            raise UserError(f"kv_memory {self.kv_memory!r} is unknown; choose one of {', '.join(PLACES)}")
 
 
 class Weights:
@@ -311,23 +319,30 @@ class Engine:
         layout = method.layout(prompts, placement.shards)
         asked = np.asarray([len(p.query) for p in prompts], np.int32)
         lengths = programs.place(Lengths.of(layout, asked, placement))
-        cache = programs.document_cache(len(prompts), layout.shards * layout.kept_capacity, self.model.dtype)
+        empty = (len(prompts), layout.shards * layout.kept_capacity, self.model.dtype)
         rows = PrefillRows(programs.place_rows(layout.positions, placement), lengths)
         tokens = programs.place_rows(layout.tokens, placement)
         weights = self.state  # read before the clock starts
         prefill_s = compile_s = 0.0
         compiled_before, started = programs.compile_s, time.perf_counter()
-        if wanted is not None:
-            compile_ahead(self, method, rows, cache, max(len(p.query) for p in prompts), wanted)
-        for done, state in run(programs, method, weights, tokens, rows, cache):
-            assert state.cache is not None  # it began with one
-            cache = state.cache
+        steps: Iterator[tuple[int, AnyCache | HostCache | None]]
+        if self.settings.kv_memory == HOST:
+            steps = host_kv.prefill(programs, method, weights, tokens, rows, empty)
+        else:
+            begun = programs.document_cache(*empty)
+            if wanted is not None:
+                compile_ahead(self, method, rows, begun, max(len(p.query) for p in prompts), wanted)
+            steps = ((done, state.cache) for done, state in run(programs, method, weights, tokens, rows, begun))
+        cache: AnyCache | HostCache | None = None
+        for done, kept in steps:
+            cache = kept
             compiled = programs.compile_s - compiled_before
             compile_s += compiled
             prefill_s += time.perf_counter() - started - compiled
             self.progress("prefill", done, layers)
             yield done, layers
             compiled_before, started = programs.compile_s, time.perf_counter()
+        assert cache is not None
         return Session(self, method, layout, prompts, lengths, cache, prefill_s, compile_s, notes)
 
     def load_session(self, folder: str | Path, documents: Sequence[np.ndarray] | None = None) -> Session:

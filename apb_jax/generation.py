@@ -16,6 +16,7 @@ from apb_jax.attention.method import AttentionMethod
 from apb_jax.cache import TailCache
 from apb_jax.decode import BROKEN, Asked, DecodePlan, DecodeState, decode, query
 from apb_jax.errors import UserError
+from apb_jax.host_kv import HostCache, Steps
 from apb_jax.programs import Lengths
 from apb_jax.prompt.ids import as_ids
 from apb_jax.sampling import Sampler
@@ -133,7 +134,11 @@ def run_query(session: Session, queries: list[np.ndarray], new_tokens: int, plan
     counts = programs.place(np.asarray([len(q) for q in queries], np.int32))
     lengths = replace(session.lengths, query_tokens=counts, segments=())
     tail = programs.zeros(TailCache, len(queries), rows + bucket(new_tokens), session.engine.model.dtype)
-    logits, tail = query(programs, plan, session.engine.state, programs.place(ids), lengths, session.cache, tail)
+    weights, cache, tokens = session.engine.state, session.cache, programs.place(ids)
+    if isinstance(cache, HostCache):
+        logits, tail = Steps(programs, plan, weights, cache).query(tokens, lengths, tail)
+    else:
+        logits, tail = query(programs, plan, weights, tokens, lengths, cache, tail)
     return QueryPhase(logits, tail, lengths)
 
 
@@ -181,8 +186,14 @@ class Generation:
         engine, programs = self.session.engine, self.session.engine.programs
         compiled, started = programs.compile_s, time.perf_counter()
         engine.progress("decode", self.made, self.wanted.new_tokens)
-        out, rows, self.state = decode(programs, self.plan, engine.state, self.session.cache, self.asked, self.state)
-        new = np.asarray(out)
+        cache = self.session.cache
+        told: np.ndarray | jax.Array
+        rows: np.ndarray | jax.Array
+        if isinstance(cache, HostCache):
+            told, rows, self.state = Steps(programs, self.plan, engine.state, cache).decode(self.asked, self.state)
+        else:
+            told, rows, self.state = decode(programs, self.plan, engine.state, cache, self.asked, self.state)
+        new = np.asarray(told)
         made = int(self.state.made)
         if self.wanted.logits:
             self.step_rows.append(np.asarray(rows)[: made - self.made])

@@ -52,14 +52,19 @@ def simulated_devices(model: str, sp: int | None, tp: int, shards: int | None = 
     return (sp or sequence_devices(DEFAULT_SIMULATED if model == "tiny" else 1, shards)) * tp
 
 
-def check_host_memory(weights_bytes: int, copies: int) -> None:
-    """Refuse more simulated devices than memory for their copies of the weights; nothing where the system is silent."""
+def free_host_memory() -> int | None:
+    """Bytes of the machine's memory that are free or can be freed; None where the system is silent."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return
-    if weights_bytes * copies > free:
+        return None
+
+
+def check_host_memory(weights_bytes: int, copies: int) -> None:
+    """Refuse more simulated devices than memory for their copies of the weights; nothing where the system is silent."""
+    free = free_host_memory()
+    if free is not None and weights_bytes * copies > free:
         raise UserError(
             f"{copies} simulated devices hold {weights_bytes * copies / 2**30:.1f} GiB of weights, this machine has "
             f"{free / 2**30:.1f} GiB free; nearest legal choice: --sp {max(1, free // max(1, weights_bytes))}"
@@ -83,6 +88,16 @@ def reserve_memory() -> None:
     Its own default is three quarters, which refuses documents that the card holds.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(USABLE))
+
+
+def reserve_host_memory() -> None:
+    """Let XLA pin all free memory of the host, where its own limit is 64 GB; only before JAX initialises its backends.
+
+    Pages are pinned as they are asked for.
+    """
+    free = free_host_memory()
+    if free is not None:
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(1, free // 2**30)))
 
 
 def make_mesh(sp: int | None = None, tp: int = 1, *, devices: list[jax.Device] | None = None) -> Mesh:

@@ -14,6 +14,7 @@ from apb_jax.arguments import count, number
 from apb_jax.command import Parser
 from apb_jax.errors import UserError
 from apb_jax.files import check_input, check_output_folder, near_file, read_stdin, read_text, shown
+from apb_jax.kv_memory import DEVICE, PLACES
 from apb_jax.precision import CHOICES, MODEL, WORDS, Precision
 from apb_jax.prompt.style import PromptStyle, parse_separator, parse_template_arg
 
@@ -103,6 +104,7 @@ class RunConfig:
     tp: int = 1
     shards: int | None = None
     placement: str = "contiguous"
+    kv: str = DEVICE
     slice_decode: bool = False
     gpu_memory: int | None = None
     method: str = "apb"
@@ -321,6 +323,13 @@ def make_parser() -> argparse.ArgumentParser:
         choices=PLACEMENTS,
         default="contiguous",
         help="shards of a device: neighbours, or pairs i and N-1-i, which gives every device the same work",
+    )
+    group.add_argument(
+        "--kv",
+        choices=PLACES,
+        default=DEVICE,
+        help="where the document's keys and values are kept: host for documents that the devices do not hold; every "
+        "token of the answer then reads them all over the host's link",
     )
     group.add_argument(
         "--slice-decode",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from apb_jax.arguments import length, number
 from apb_jax.command import Parser, command
 from apb_jax.errors import UserError
+from apb_jax.kv_memory import DEVICE, PLACES
 from apb_jax.options import PLACEMENTS, add_precision, gpu_memory
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=number(int, 1, 1024), default=1, metavar="N", help="requests at once")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16", help="default: bf16")
     add_precision(parser)
+    parser.add_argument("--kv", choices=PLACES, default=DEVICE, help="where document KV is kept, as in apb_jax.run")
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line of standard output")
     return parser
 
@@ -101,6 +103,7 @@ def make_plan(args: argparse.Namespace, model: LoadedModel) -> Plan:
         folded=model.fold_heads,
         fp8=fp8 or model.source.fp8,
         kv=precision.kv,
+        kv_memory=args.kv,
     )
     limit = int(USABLE * (args.gpu_memory or figures.memory_bytes))
     return plan(case, [hypothetical(tokens)] * args.batch, limit, figures=figures, calibration=calibration)
@@ -139,6 +142,8 @@ def show(console: Console, found: Plan) -> None:
     console.print(
         f"longest document that fits: {found.longest:,} tokens (positions end at {case.config.max_positions:,})"
     )
+    if found.memory.host_bytes:
+        console.print(f"memory of the host: {gib(found.memory.host_bytes)} of document KV, read once a token")
     if found.expected is not None:
         console.print(f"prefill: about {found.expected.seconds:.3g} s ({found.expected.basis})")
     console.print("fits" if found.fits else f"does not fit: {refusal_of(found)}")

@@ -91,9 +91,11 @@ def layers_program(programs: Programs, method: AttentionMethod, count: int, kept
 
         def attend(inputs: LayerInputs, cache: AnyCache | None) -> tuple[Any, AnyCache | None]:
             out, k, v = each_shard(rows.lengths.placement, one_shard, inputs)
-            return out, None if cache is None else cache.write(inputs.layer, k, v)
+            return out, None if cache is None else cache.write(inputs.layer - first, k, v)
 
         model = programs.model(weights)
+        # A cache of these layers alone, not of all.
+        first = start if state.cache is not None and state.cache.layers == count else 0
         x, cache = model.run_layers(
             state.x, rows.positions, attend, state.cache, start=start, count=count, where=programs.where
         )

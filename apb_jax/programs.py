@@ -228,16 +228,16 @@ class Programs:
         """Programs of this name that are kept."""
         return sum(key[0] == name for key in self.compiled)
 
-    def zeros(self, kind: type[Any], batch: int, rows: int, dtype: Any) -> Any:
-        """An empty cache of this type made on the devices, in its sharding."""
+    def zeros(self, kind: type[Any], batch: int, rows: int, dtype: Any, layers: int | None = None) -> Any:
+        """An empty cache of this type, of all layers or so many, made on the devices, in its sharding."""
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), kind.specs())
-        make = lambda: jax.jit(lambda: kind.zeros(self.config, batch, rows, dtype), out_shardings=shardings)  # noqa: E731
-        return self.call(kind.__name__, (batch, rows, dtype), make, ())
+        make = lambda: jax.jit(lambda: kind.zeros(self.config, batch, rows, dtype, layers), out_shardings=shardings)  # noqa: E731
+        return self.call(kind.__name__, (batch, rows, dtype, layers), make, ())
 
-    def document_cache(self, batch: int, rows: int, dtype: Any) -> AnyCache:
+    def document_cache(self, batch: int, rows: int, dtype: Any, layers: int | None = None) -> AnyCache:
         """An empty cache of the document in the type that the precision says; ``dtype``: the model's."""
         kv = self.precision.kv
-        cache: AnyCache = self.zeros(cache_kind(kv), batch, rows, cache_dtype(kv, dtype))
+        cache: AnyCache = self.zeros(cache_kind(kv), batch, rows, cache_dtype(kv, dtype), layers)
         return cache
 
 

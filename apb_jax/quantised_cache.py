@@ -28,9 +28,9 @@ class QuantisedCache(LayerKV):
     v_scale: Float[Array, "L B rows K"]
 
     @classmethod
-    def zeros(cls, config: ModelConfig, batch: int, rows: int, dtype: Any) -> QuantisedCache:
-        """An empty cache; ``rows`` over all shards, ``dtype`` of the codes."""
-        shape = (config.num_layers, batch, rows, config.num_kv_heads)
+    def zeros(cls, config: ModelConfig, batch: int, rows: int, dtype: Any, layers: int | None = None) -> QuantisedCache:
+        """An empty cache of all layers or so many; ``rows`` over all shards, ``dtype`` of the codes."""
+        shape = (layers or config.num_layers, batch, rows, config.num_kv_heads)
         codes = jnp.zeros((*shape, config.head_dim), dtype)
         scales = jnp.ones(shape, jnp.float32)
         return cls(codes, jnp.zeros_like(codes), scales, jnp.ones_like(scales))

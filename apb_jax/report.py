@@ -158,6 +158,7 @@ def describe(session: Session, answer: Answer, truth: str | None, *, alone: bool
         "dense_layers": list(answer.method.dense_layers_of(engine.model.config)),
         "dtype": engine.model.dtype.name,
         "precision": dataclasses.asdict(settings.precision),
+        "kv_memory": settings.kv_memory,
         "kernels": settings.kernels.attention or "auto",
         "implementations": {op: sorted(names) for op, names in sorted(engine.programs.choices.items())},
         "slice_decode": settings.slice_decode,

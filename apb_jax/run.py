@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from apb_jax.command import command
 from apb_jax.errors import UserError
 from apb_jax.files import to_json
+from apb_jax.kv_memory import HOST
 from apb_jax.options import DEFAULT_SEQ, RunConfig, parse, split_method
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 def choose_devices(config: RunConfig, console: Console) -> None:
     """Simulated devices where there is no accelerator; the process group where there are several processes."""
     from apb_jax.joining import Joining
-    from apb_jax.mesh import has_accelerator, reserve_memory, simulate_devices, simulated_devices
+    from apb_jax.mesh import has_accelerator, reserve_host_memory, reserve_memory, simulate_devices, simulated_devices
 
     joining = Joining(config.coordinator, config.processes, config.process)
     simulated = 0
     if has_accelerator():
         reserve_memory()
+        if config.kv == HOST:
+            reserve_host_memory()
     else:
         simulated = max(1, simulated_devices(config.model, config.sp, config.tp, config.shards) // joining.count)
         simulate_devices(simulated)
@@ -86,6 +89,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.engine import Engine, Settings
     from apb_jax.measure.beside import Beside
     from apb_jax.measure.compare import Asking, beside, run_one, timed
+    from apb_jax.measure.host_link import host_note
     from apb_jax.measure.plan import check_memory
     from apb_jax.mesh import SP, check_host_memory, make_mesh, sequence_devices
     from apb_jax.run_session import method_options, run_session
@@ -112,6 +116,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         prompt_style=config.prompt_style,
         shards=method.shards_on(mesh.shape[SP], config.shards),
         placement=config.placement,
+        kv_memory=config.kv,
         slice_decode=config.slice_decode,
         bottom_right_query=config.bottom_right_query,
         answers_only=config.session is not None,
@@ -134,7 +139,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         current.choose([task.prompt])
         current.check_lengths([task.prompt], [task.prompt.query], wanted)
         check_memory(current, [task.prompt], wanted, config.gpu_memory, beside=engines)
-    notes = [*name_notes(config), *task.notes]
+    notes = [*name_notes(config), *task.notes, *filter(None, [host_note(engine, [task.prompt])])]
     notes += [note for note in (engine.codec and engine.codec.note, model.config.window_note) if note]
     repeat = int(bool(others)) if config.repeat is None else config.repeat
     asking = Asking(

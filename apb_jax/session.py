@@ -1,4 +1,4 @@
-"""A session: documents whose KV is on the devices, asked as often as one likes."""
+"""A session: documents whose KV is there, on the devices or in host memory, asked as often as one likes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from apb_jax.attention.layout import Layout
 from apb_jax.attention.method import AttentionMethod
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer, Generation, OnTokens, teacher_forced, wanted_of
+from apb_jax.host_kv import HostCache
 from apb_jax.programs import Lengths
 from apb_jax.prompt.ids import Text
 from apb_jax.quantised_cache import AnyCache
@@ -32,14 +33,14 @@ def is_batch(value: Text | Sequence[Text]) -> bool:
 
 @dataclass
 class Session:
-    """Documents that are on the devices. Answers do not depend on each other or on their order."""
+    """Documents that were prefilled. Answers do not depend on each other or on their order."""
 
     engine: Engine
     method: AttentionMethod
     layout: Layout
     prompts: list[Prompt]
     lengths: Lengths
-    cache: AnyCache
+    cache: AnyCache | HostCache
     prefill_s: float
     compile_s: float
     notes: tuple[str, ...]

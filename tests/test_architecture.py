@@ -17,6 +17,7 @@ ORDER = [
         "apb_jax.json_text",
         "apb_jax.typed",
         "apb_jax.precision",
+        "apb_jax.kv_memory",
         "apb_jax.files",
         "apb_jax.arguments",
         "apb_jax.command",
@@ -31,7 +32,7 @@ ORDER = [
     ("apb_jax.model",),
     ("apb_jax.presets", "apb_jax.sampling"),
     ("apb_jax.weights", "apb_jax.programs"),
-    ("apb_jax.prefill", "apb_jax.decode", "apb_jax.prompt"),
+    ("apb_jax.prefill", "apb_jax.decode", "apb_jax.host_kv", "apb_jax.prompt"),
     (
         "apb_jax.engine",
         "apb_jax.ahead",

@@ -252,6 +252,22 @@ def test_starx_warns_of_its_merge(
     assert "starx merges as published" in " ".join(json.loads(capsys.readouterr().out)["notes"])
 
 
+def test_kv_in_host_memory(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answer, and what it costs before it begins."""
+    monkeypatch.setenv("APB_JAX_CACHE", "off")
+    arguments = ["--model", files["model"], "--seq", "200", "--max-new-tokens", "4", "--sp", "2", "--json"]
+    results = []
+    for place in ("device", "host"):
+        assert main([*arguments, "--kv", place]) == 0
+        taken = capsys.readouterr()
+        results.append(json.loads(taken.out))
+        assert ("read for the question and again for every token" in taken.err) == (place == "host")
+        assert results[-1]["kv_memory"] == place
+    assert results[0]["prediction"] == results[1]["prediction"]
+
+
 @pytest.mark.parametrize(("model", "devices"), [("tiny", 8), ("smollm2-135m", 1), ("./folder", 1)])
 def test_devices_without_a_gpu(model: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight simulated ones for the packaged model, whose picture teaches; else one, unless asked."""

@@ -19,7 +19,9 @@ from apb_jax.attention.method import AttentionMethod, Setup
 from apb_jax.attention.placement import Placement
 from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.errors import UserError
+from apb_jax.host_kv import ON_DEVICE
 from apb_jax.kv_codes import CODES, SCALE_BYTES
+from apb_jax.kv_memory import DEVICE, HOST
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import CHUNK_ROWS
 from apb_jax.model.weights import head_facts, weight_facts, weights_of
@@ -58,6 +60,8 @@ class Case:
     query_at: int = 0
     kv: str = MODEL
     """The type of the document's keys and values: the word of ``Precision.kv``."""
+    kv_memory: str = DEVICE
+    """Where they are kept: on the devices, or in the host's memory."""
 
     @classmethod
     def of(cls, engine: Engine) -> Case:
@@ -77,6 +81,7 @@ class Case:
             fp8=model.fp8,
             query_at=setup.query_at,
             kv=settings.precision.kv,
+            kv_memory=settings.kv_memory,
         )
 
     @property
@@ -222,6 +227,8 @@ class Memory:
     """Bytes on the fullest device by component, for one batch of requests."""
 
     components: dict[str, int]
+    host_bytes: int = 0
+    """In the memory of the host, for all devices."""
 
     @property
     def bytes_per_device(self) -> int:
@@ -238,15 +245,19 @@ def memory_of(
     tail = bucket(query_tokens) + bucket(new_tokens)
     kv = config.kv_bytes_per_token(case.itemsize) // case.tp * batch
     scored = method.can.needs_heads or getattr(method, "scorer", None) == "heads"
+    document_kv = document_kv_bytes(case, batch * local * layout.kept_capacity)
+    on_host = case.kv_memory == HOST
+    here = min(ON_DEVICE, config.num_layers)
     return Memory(
         {
             "weights": weight_bytes(case),
-            "document_kv": document_kv_bytes(case, batch * local * layout.kept_capacity),
+            "document_kv": document_kv // config.num_layers * here if on_host else document_kv,
             "activations": activation_bytes(case, rows, scored=scored),
             "exchange": exchange_bytes(case, method, layout),
             "tail_kv": kv * tail,
             "programs": PROGRAM_BYTES,
-        }
+        },
+        document_kv * case.devices * case.tp if on_host else 0,
     )
 
 

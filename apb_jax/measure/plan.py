@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from apb_jax.attention.inputs import Prompt
 from apb_jax.errors import UserError
+from apb_jax.kv_memory import HOST
 from apb_jax.measure.auto import Calibration
 from apb_jax.measure.devices import DeviceFigures, memory_limit
 from apb_jax.measure.memory import (
@@ -33,6 +34,7 @@ GRID = 24
 """Lengths that are looked at from above: a table of budgets lets bytes fall where it changes to another row."""
 MOST_DEVICES = 64
 REMEDIES = 3
+KV_HOST = "--kv host (slow answers)"
 
 
 def gib(count: float) -> str:
@@ -79,6 +81,8 @@ class Plan:
             "longest_document_tokens": self.longest,
             "components": self.memory.components,
             "kv_dtype": self.case.kv,
+            "kv_memory": self.case.kv_memory,
+            "host_bytes": self.memory.host_bytes,
             "seconds": None if self.expected is None else self.expected.seconds,
             "seconds_from": None if self.expected is None else self.expected.basis,
             "would_fit": list(self.remedies),
@@ -146,6 +150,8 @@ def remedies(case: Case, document_tokens: int, limit: int, longest: int, asked: 
     found += first("--tp", [n for n in powers if n > case.tp], lambda n: replace(case, tp=n))
     if case.kv == MODEL and helps(replace(case, kv=INT8)):
         found.append("--kv-dtype int8")
+    if case.kv_memory != HOST and helps(replace(case, kv_memory=HOST)):
+        found.append(KV_HOST)
     if 0 < longest < document_tokens:
         found.append(f"a document of at most {longest:,} tokens")
     return tuple(found)

@@ -228,9 +228,8 @@ class DiskStore:
 
 def _disk_bytes(session: Session) -> int:
     """About as many bytes as a session takes on disk: its rows without padding."""
-    k = session.cache.k
-    row = 2 * k.shape[0] * k.shape[3] * k.shape[4] * k.dtype.itemsize
-    return int(session.layout.kept_tokens.sum()) * row
+    cache = session.cache
+    return int(session.layout.kept_tokens.sum()) * cache.layers * cache.row_bytes
 
 
 def _document(folder: Path, manifest: Manifest, key: str) -> Document:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -13,7 +13,7 @@ from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.measure.devices import memory_limit
 from apb_jax.measure.memory import NEW_TOKENS, QUERY_TOKENS, Case, Memory, hypothetical, memory_of
-from apb_jax.measure.plan import gib, plan, refusal_of
+from apb_jax.measure.plan import KV_HOST, gib, plan, refusal_of
 from apb_jax.serve.refusal import Refusal, wrong
 from apb_jax.serve.store import SessionStore
 
@@ -56,6 +56,7 @@ class MemoryPlan:
         if fits:
             return
         found = plan(self.case, [self.prompt(tokens)], self.most, NEW_TOKENS)
+        found = replace(found, remedies=tuple(one for one in found.remedies if one != KV_HOST))  # not the server's
         raise Refusal(400, refusal_of(found), param=param, code="memory_exceeded")
 
     def admit(self, tokens: int, store: SessionStore, *, loaded: bool = False) -> None:

@@ -19,11 +19,13 @@ from apb_jax.attention.method import AttentionMethod
 from apb_jax.attention.registry import METHODS
 from apb_jax.decode import DecodePlan
 from apb_jax.errors import UserError
+from apb_jax.host_kv import HostCache
 from apb_jax.kv_codes import CODES
+from apb_jax.kv_memory import DEVICE
 from apb_jax.prefill import layer_groups
 from apb_jax.programs import Lengths, Programs
 from apb_jax.prompt.ids import as_ids
-from apb_jax.quantised_cache import AnyCache
+from apb_jax.quantised_cache import AnyCache, cache_kind
 from apb_jax.session import Session
 from apb_jax.session_store.folders import touch
 from apb_jax.session_store.identity import check_engine
@@ -78,8 +80,11 @@ def load_steps(
     asked = np.asarray([len(prompt.query) for prompt in prompts], np.int32)
     rows = [at for at, _ in rows_in_order(layout, engine.placement)]
     target = Target(engine.programs, rows, layout.shards * layout.kept_capacity)
-    cache = engine.programs.document_cache(len(prompts), target.rows, engine.model.dtype)
-    for layer, arrays in _layers(folder, manifest, target, tuple(vars(cache))):
+    cache: AnyCache | HostCache = HostCache()
+    if engine.settings.kv_memory == DEVICE:
+        cache = engine.programs.document_cache(len(prompts), target.rows, engine.model.dtype)
+    kind = cache_kind(engine.settings.precision.kv)
+    for layer, arrays in _layers(folder, manifest, target, tuple(vars(kind.specs()))):
         cache = target.put(cache, layer, arrays)
         engine.progress("load session", layer + 1, manifest.layers)
         if (layer + 1) % (manifest.layers // layer_groups(manifest.layers)) == 0:
@@ -128,9 +133,14 @@ class Target:
     order: list[np.ndarray]
     rows: int
 
-    def put(self, cache: AnyCache, layer: int, arrays: dict[str, np.ndarray]) -> AnyCache:
+    def put(self, cache: AnyCache | HostCache, layer: int, arrays: dict[str, np.ndarray]) -> AnyCache | HostCache:
         """The cache with one layer from the host, by field of the cache; the old one is donated."""
-        specs, place = cache.specs(), self.programs.place
+        place = self.programs.place
+        if isinstance(cache, HostCache):
+            kind = cache_kind(self.programs.precision.kv)
+            whole = kind(**{name: place(array[None], getattr(kind.specs(), name)) for name, array in arrays.items()})
+            return cache.grown(self.programs.mesh, whole)
+        specs = cache.specs()
         parts = {name: P(*getattr(specs, name)[1:]) for name in arrays}
         make = lambda: self.programs.traced(  # noqa: E731
             lambda cache, layer, arrays: cache.replaced(layer, **arrays), (specs, P(), parts), specs, donate=(0,)

@@ -14,6 +14,7 @@ from safetensors.numpy import save as as_safetensors
 
 from apb_jax import __version__
 from apb_jax.errors import UserError
+from apb_jax.host_kv import HostCache
 from apb_jax.quantised_cache import AnyCache
 from apb_jax.session_store.identity import identity, saved_method
 from apb_jax.session_store.manifest import FORMAT, PROMPTS, FileFacts, Manifest, kv_file
@@ -44,12 +45,12 @@ def save(session: Session, folder: str | Path, beside: Mapping[str, bytes] | Non
     if folder.exists():
         raise UserError(f"{folder} exists; choose another folder for the session, or remove it first")
     cache, engine = session.cache, session.engine
-    if not cache.k.is_fully_addressable:
+    if not cache.addressable:
         raise UserError(f"a session over {jax.process_count()} processes cannot be saved; run it in one process")
     rows = rows_in_order(session.layout, session.lengths.placement)
     kept = [len(at) for at, _ in rows]
-    layers = cache.k.shape[0]
-    layer_bytes = sum(kept) * sum(int(np.prod(a.shape[3:])) * a.dtype.itemsize for a in vars(cache).values())
+    layers = cache.layers
+    layer_bytes = sum(kept) * cache.row_bytes
     group = max(1, min(layers, GROUP_BYTES // max(1, layer_bytes)))
     require_space(folder, layers * layer_bytes)
     facts = identity(engine) | {"weights": engine.fingerprint}
@@ -97,20 +98,11 @@ def _prompts(session: Session, positions: list[np.ndarray]) -> dict[str, np.ndar
     return tensors
 
 
-def _group(cache: AnyCache, rows: list[np.ndarray], first: int, count: int) -> list[dict[str, np.ndarray]]:
+def _group(cache: AnyCache | HostCache, rows: list[np.ndarray], first: int, count: int) -> list[dict[str, np.ndarray]]:
     """For every request its K and V, [kept, K, D] a layer, of ``count`` layers; of 8-bit codes the scales too."""
     out: list[dict[str, np.ndarray]] = [{} for _ in rows]
     for layer in range(first, first + count):
-        for name, array in vars(cache).items():
-            whole = layer_on_host(array, layer)
+        for name, whole in cache.on_host(layer).items():
             for b, at in enumerate(rows):
                 out[b][f"{layer}.{name}"] = whole[b, at]
     return out
-
-
-def layer_on_host(array: jax.Array, layer: int) -> np.ndarray:
-    """One layer [B, rows, K, ...] of a cache's array, from wherever its rows and heads lie."""
-    whole = np.empty(array.shape[1:], array.dtype)
-    for part in array.addressable_shards:
-        whole[part.index[1:]] = np.asarray(part.data[layer])
-    return whole

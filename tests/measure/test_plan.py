@@ -15,10 +15,11 @@ from hf_checkpoints import write_checkpoint
 from apb_jax.attention.registry import MethodSpec
 from apb_jax.engine import Engine
 from apb_jax.errors import UserError
+from apb_jax.measure import host_link
 from apb_jax.measure.auto import Calibration, Measurement
 from apb_jax.measure.devices import figures_named, figures_of, known_devices
 from apb_jax.measure.memory import Case, activation_moments, memory_for, weight_bytes
-from apb_jax.measure.plan import check_memory, fits, gib, longest_document, plan, plan_length, planned_bytes
+from apb_jax.measure.plan import KV_HOST, check_memory, fits, gib, longest_document, plan, plan_length, planned_bytes
 from apb_jax.mesh import USABLE, make_mesh
 from apb_jax.plan import main
 from apb_jax.presets import MODELS
@@ -154,6 +155,39 @@ def test_remedies_are_tried() -> None:
     assert not plan_length(case("llama3-8b-1m", devices=2), 600_000, 70 * GIB).fits
 
 
+def test_kv_in_host_memory() -> None:
+    """Two of 32 layers count on a device, all of them in the host; what does not fit is told of it."""
+    device = case("llama3-8b-1m", "apb", devices=2)
+    here, there = (memory_for(one, 2**20 - 96) for one in (device, dataclasses.replace(device, kv_memory="host")))
+    assert here.host_bytes == 0
+    assert there.host_bytes == 2**20 * 131072  # of the whole document, on two devices
+    assert there.components["document_kv"] * 16 == here.components["document_kv"]
+    assert {k: v for k, v in here.components.items() if k != "document_kv"} == {
+        k: v for k, v in there.components.items() if k != "document_kv"
+    }
+    assert KV_HOST in plan_length(device, 2**20 - 96, 76 * GIB).remedies
+    assert plan_length(dataclasses.replace(device, kv_memory="host"), 2**20 - 96, 76 * GIB).fits
+
+
+def test_host_memory_is_checked_and_its_cost_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(random_model(), "apb", make_mesh(4))
+    prompt = engine.prompt(ids(0, 400), ids(1, 20))
+    assert host_link.host_note(engine, [prompt]) is None
+    engine = engine.with_method("apb", kv_memory="host")
+    monkeypatch.setattr(host_link, "bandwidth", lambda mesh: 1e6)
+    needed = memory_for(Case.of(engine), 400).host_bytes
+    note = host_link.host_note(engine, [prompt])
+    assert note is not None
+    assert f"about {needed / 1e6:.2g} s each at 0 GB/s" in note
+    monkeypatch.setattr(host_link, "free_host_memory", lambda: needed - 1)
+    with pytest.raises(UserError, match=r"--kv host: the documents' KV takes .* nearest legal choice: --kv-dtype int8"):
+        host_link.host_note(engine, [prompt])
+
+
+def test_the_host_link_is_measured() -> None:
+    assert host_link.bandwidth(make_mesh(2)) > 1e7
+
+
 def test_odd_head_counts_leave_out_tp() -> None:
     """9 query and 3 KV heads: no power of two divides them."""
     found = plan_length(case("smollm2-135m"), 8000, 700 * 2**20)
@@ -235,6 +269,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["would_fit"]
     assert 131072 < result["longest_document_tokens"] < 1048576
     assert "does not fit: 1,048,480 document tokens under apb need" in taken.err
+    assert main([*arguments, "--seq", "1m", "--kv", "host"]) == 0
+    taken = capsys.readouterr()
+    assert json.loads(taken.out.splitlines()[-1])["host_bytes"] == 2**37
+    assert "memory of the host: 128.0 GiB of document KV, read once a token" in taken.err
 
 
 @pytest.mark.parametrize(
