@@ -137,13 +137,13 @@ def layout_picture(layout: Layout, method: AttentionMethod, mesh: dict[str, int]
     marks = PLAIN if plain else MARKS
     lines = []
     for shard in range(layout.shards):
-        keys = method.visible_keys(layout, shard)
+        first, last = (min(place, document) for place in (shard * block, (shard + 1) * block))
+        keys = method.visible_keys(layout, shard) | {"block": last - first}  # without the last block's padding
         bar = Text(f"shard {shard:>2} ")
         for name, count in keys.items():
-            if count:
+            if count and first < last:
                 shown = min(WIDTH, max(1, round(WIDTH * count / document)))
                 bar.append(marks.get(name, marks["block"]) * shown, style=STYLE.get(name, "blue"))
-        first, last = (min(place, document) for place in (shard * block, (shard + 1) * block))
         lines.append(bar.append(f"  {first:,}..{last:,}" if first < last else "  nothing", style="dim"))
     shown_kinds = method.visible_keys(layout, layout.shards - 1)
     passed = shown_kinds.get("passing", 0) // max(1, layout.shards - 1)

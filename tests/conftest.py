@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 
@@ -16,6 +17,16 @@ import jax  # noqa: E402 - after the flags
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache() -> Iterator[None]:
+    """Many tests build the same small programs: each is compiled once a process. Not for the processes tests start."""
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -83,5 +83,7 @@ def test_the_picture_without_colours() -> None:
     assert all(int(low) < int(high) <= 20 for low, high in ranges)
     assert "nothing" in text
     bars = picture(1600, 4, plain=True).splitlines()
+    assert "shard  3 " in bars[4]
+    assert bars[4].count("#") == 2, "64 of 1,600 tokens are the last block's"
     widths = [line.count("#") + line.count(".") - 2 for line in bars if "shard" in line]
     assert max(widths) == pytest.approx(48, abs=1)  # each kind is rounded

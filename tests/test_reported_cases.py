@@ -74,7 +74,9 @@ def test_emoji_codes_are_text() -> None:
 def test_an_answer_of_one_line_break_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apb_jax.report.planned_bytes", lambda session, new_tokens: 1)
     model = SimpleNamespace(config=ModelConfig.from_hf(YARN), dtype=SimpleNamespace(name="float32"))
-    settings = SimpleNamespace(kernels=SimpleNamespace(attention=None), slice_decode=False, precision=Precision())
+    settings = SimpleNamespace(
+        kernels=SimpleNamespace(attention=None), slice_decode=False, precision=Precision(), kv_memory="device"
+    )
     engine = SimpleNamespace(
         model=model, settings=settings, template="model", mesh=SimpleNamespace(shape={}), shards=1, codec=object(),
         programs=SimpleNamespace(largest=1, choices={}),

@@ -271,7 +271,7 @@ CHOSEN = [
     ("starx_sparse", {}, {}, {"block_tokens": 2048}),
     ("starx_sparse", {"sparse_block": 48}, {}, {"block_tokens": 2064, "sparse_block": 48}),
     ("spava", {}, {"tokens": 16384}, {"anchor_tokens": 256, "passing_tokens": 128}),
-    ("spava", {}, {"tokens": 400}, {"anchor_tokens": 80, "passing_tokens": 30}),
+    ("spava", {}, {"tokens": 400}, {"anchor_tokens": 96, "passing_tokens": 36}),
     ("minference", {}, {"model": "llama3.1-8b", "shards": 1}, {"vertical": 512, "slash": 2048}),
     ("minference", {"slash": 99}, {"model": "tiny", "shards": 1}, {"vertical": 64, "slash": 99}),
     ("xattention", {}, {"model": "llama3.1-8b"}, {"threshold": "llama3.1-8b", "stride": 8}),
