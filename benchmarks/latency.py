@@ -114,6 +114,7 @@ def main(argv: list[str]) -> int:
 
     import apb_jax
     from apb_jax.compile_cache import use_compile_cache
+    from apb_jax.kv_memory import NOWHERE
     from apb_jax.measure.devices import figures_of, memory_limit
     from apb_jax.measure.memory import Case, memory_of
     from apb_jax.measure.plan import gib
@@ -142,10 +143,9 @@ def main(argv: list[str]) -> int:
         spec = apb_jax.MethodSpec(method)
         engine = first.with_method(spec, shards=spec.shards_on(1))
         prompt = engine.prompt(*(rng.integers(0, model.config.vocab_size, n) for n in (length, RANDOM_QUERY_TOKENS)))
-        case = Case.of(engine)
+        case = dataclasses.replace(Case.of(engine), kv_memory=NOWHERE)
         chosen, layout = case.chosen([prompt])
-        needed = memory_of(case, chosen, layout)
-        bytes_ = needed.bytes_per_device - needed.components["document_kv"]
+        bytes_ = memory_of(case, chosen, layout).bytes_per_device
         row = {
             "planned_bytes": bytes_,
             "ran": chosen.name,

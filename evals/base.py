@@ -117,6 +117,14 @@ class Generator(Protocol):
 
 
 @runtime_checkable
+class Prefiller(Protocol):
+    """A system whose prefill can be timed alone."""
+
+    def prefill_alone(self, document: str, query: str) -> Completion:
+        """The document through all layers, no KV kept, nothing answered; ``prefill_s`` is what it took."""
+
+
+@runtime_checkable
 class BatchGenerator(Generator, Protocol):
     """A system that answers several examples together, each as it would alone."""
 

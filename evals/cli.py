@@ -108,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     speed = _benchmark(commands, "latency", "prefill and decode times over lengths", _latency)
     speed.add_argument("--repeats", type=count(1, 100_000), default=5, help="timed runs per length (default: 5)")
     speed.add_argument("--warmups", type=count(0, 100_000), default=1, help="untimed runs before (default: 1)")
-    speed.add_argument("--new-tokens", type=count(1), default=32, help="tokens generated; 1 times the prefill alone")
+    speed.add_argument("--new-tokens", type=count(1), help="tokens generated; 1 times prefill and query (default: 32)")
+    speed.add_argument(
+        "--no-kv", action="store_false", dest="kv", help="time the prefill alone and keep no KV, as MInference's table"
+    )
     speed.add_argument("--baseline", help="a method of the run: adds columns with the ratio to it")
     speed.add_argument("--text", help="text file that is repeated (default: the packaged novel)")
 
@@ -341,7 +344,12 @@ def _perplexity(args, connect: Connect) -> None:
 
 def _latency(args, connect: Connect) -> None:
     path = Path(args.text) if args.text else NOVEL
-    plan = LatencyPlan(read_text(path, "--text"), path.name, args.seq, args.repeats, args.warmups, args.new_tokens)
+    if not args.kv and args.new_tokens is not None:
+        raise EvalError(
+            f"--new-tokens {args.new_tokens} asks for an answer, and --no-kv leaves none; drop one of the two"
+        )
+    text, new_tokens = read_text(path, "--text"), args.new_tokens or (32 if args.kv else 1)
+    plan = LatencyPlan(text, path.name, args.seq, args.repeats, args.warmups, new_tokens, args.kv)
     spec = _spec(args)
     if args.baseline is not None:
         require_choice("baseline (a method of this run)", args.baseline, spec.methods)

@@ -8,6 +8,7 @@ import numpy as np
 
 from apb_jax.errors import UserError
 from apb_jax.measure.plan import check_memory
+from apb_jax.prefill import layer_groups
 from apb_jax.prompt.pieces import begin_ids
 from evals.base import Completion, Example, Scored, SystemSpec
 from evals.follow import Call, follow, lead, send
@@ -50,6 +51,23 @@ class EngineSystem:
         """Greedy answer; one that would fill the positions to the last gives up a token for begin-of-text."""
         (prompt, new_tokens) = self._request(document, query, max_new_tokens, embedded_query)
         return self._completion(self._answers([prompt], new_tokens, ignore_stop)[0])
+
+    def prefill_alone(self, document: str, query: str) -> Completion:
+        """The document through all layers, keeping no KV and answering nothing; compilation is not counted."""
+        (prompt, _) = self._request(document, query, 1, None)
+        method, notes, seconds = self._alone(prompt)
+        return Completion("", len(prompt.document), 0, seconds, 0.0, _facts(method, notes))
+
+    def _alone(self, prompt: Any) -> tuple[Any, Sequence[str], float]:
+        """(method, notes, seconds) of a prefill without a cache."""
+        from apb_jax.measure.prefill_alone import PrefillAlone
+
+        send({"method": self._method, "alone": [prompt.document.tolist(), prompt.query.tolist()]})
+        check_memory(self._engine, [prompt], 1, kept=False)
+        layers = self._engine.model.config.num_layers
+        work = PrefillAlone.of(self._engine, prompt, layers // layer_groups(layers))
+        *_, seconds = (seconds for _, seconds, _ in work.layers())
+        return work.method, self._engine.choose([prompt])[1], seconds
 
     def generate_batch(self, examples: Sequence[Example]) -> list[Completion]:
         """The answers of ``generate``; examples that ask for equally many tokens go to the device together."""
@@ -144,6 +162,9 @@ class EngineSystem:
         """A call of the first of several processes, with this one's devices."""
         if "score" in call:
             self.score_ids(*call["score"])
+            return
+        if "alone" in call:
+            self._alone(self._prompt(*call["alone"]))
             return
         given = call["answer"]
         asked = [self._prompt(*ids) for ids in given["prompts"]]

@@ -21,7 +21,7 @@ from apb_jax.attention.registry import MethodSpec, refusal, resolve
 from apb_jax.errors import UserError
 from apb_jax.host_kv import ON_DEVICE
 from apb_jax.kv_codes import CODES, SCALE_BYTES
-from apb_jax.kv_memory import DEVICE, HOST
+from apb_jax.kv_memory import DEVICE, HOST, NOWHERE
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.layers import CHUNK_ROWS
 from apb_jax.model.weights import head_facts, weight_facts, weights_of
@@ -61,7 +61,7 @@ class Case:
     kv: str = MODEL
     """The type of the document's keys and values: the word of ``Precision.kv``."""
     kv_memory: str = DEVICE
-    """Where they are kept: on the devices, or in the host's memory."""
+    """Where they are kept: a word of ``kv_memory.py``."""
 
     @classmethod
     def of(cls, engine: Engine) -> Case:
@@ -247,11 +247,11 @@ def memory_of(
     scored = method.can.needs_heads or getattr(method, "scorer", None) == "heads"
     document_kv = document_kv_bytes(case, batch * local * layout.kept_capacity)
     on_host = case.kv_memory == HOST
-    here = min(ON_DEVICE, config.num_layers)
+    kept = {DEVICE: config.num_layers, HOST: min(ON_DEVICE, config.num_layers), NOWHERE: 0}[case.kv_memory]
     return Memory(
         {
             "weights": weight_bytes(case),
-            "document_kv": document_kv // config.num_layers * here if on_host else document_kv,
+            "document_kv": document_kv // config.num_layers * kept,
             "activations": activation_bytes(case, rows, scored=scored),
             "exchange": exchange_bytes(case, method, layout),
             "tail_kv": kv * tail,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from apb_jax.attention.inputs import Prompt
 from apb_jax.errors import UserError
-from apb_jax.kv_memory import HOST
+from apb_jax.kv_memory import HOST, NOWHERE
 from apb_jax.measure.auto import Calibration
 from apb_jax.measure.devices import DeviceFigures, memory_limit
 from apb_jax.measure.memory import (
@@ -150,7 +150,7 @@ def remedies(case: Case, document_tokens: int, limit: int, longest: int, asked: 
     found += first("--tp", [n for n in powers if n > case.tp], lambda n: replace(case, tp=n))
     if case.kv == MODEL and helps(replace(case, kv=INT8)):
         found.append("--kv-dtype int8")
-    if case.kv_memory != HOST and helps(replace(case, kv_memory=HOST)):
+    if case.kv_memory not in (HOST, NOWHERE) and helps(replace(case, kv_memory=HOST)):
         found.append(KV_HOST)
     if 0 < longest < document_tokens:
         found.append(f"a document of at most {longest:,} tokens")
@@ -210,16 +210,18 @@ def check_memory(
     new_tokens: int,
     limit: int | None = None,
     beside: Sequence[Engine] = (),
+    kept: bool = True,
 ) -> None:
     """Refuse requests that the engine's devices cannot hold, before a weight is read.
 
     ``limit``: bytes a device; None: what the devices say, and nothing is refused where they do not. ``beside``: engines
-    of the same process; weights that they hold at another precision take from the limit.
+    of the same process; weights that they hold at another precision take from the limit. ``kept``: whether there is a
+    cache.
     """
     limit = memory_limit(engine.mesh.devices.flat) if limit is None else limit
     if limit is None:
         return
-    case = Case.of(engine)
+    case = Case.of(engine) if kept else replace(Case.of(engine), kv_memory=NOWHERE)
     others = {one.model.fp8: Case.of(one) for one in beside if one.model.fp8 != engine.model.fp8}
     limit -= sum(weight_bytes(other) for other in others.values())
     method, layout = case.chosen(prompts)

@@ -2,7 +2,8 @@
 
 Timed per repetition, after warm-ups that compile and tune: ``prefill_s`` (document and query through all layers until
 the first token's logits are on the host) and ``decode_s`` (the further tokens, past any stop token), both measured by
-the system around finished device work; tokenising and building the prompt are outside. ``tokens_per_s`` is APB's
+the system around finished device work; tokenising and building the prompt are outside. Without KV: the document's
+layers alone. ``tokens_per_s`` is APB's
 definition: (prompt + generated tokens) summed over repetitions, divided by the summed prefill and decode seconds.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from evals.base import EvalError, Generator, text_facts
+from evals.base import Completion, EvalError, Generator, Prefiller, text_facts
 from evals.runner import what_ran
 from evals.store import RunFolder
 
@@ -29,7 +30,8 @@ class LatencyPlan:
       text: repeated until the length is reached.
       lengths: prompt tokens aimed at (the row holds the tokens really sent).
       repeats: timed runs after ``warmups`` untimed ones.
-      new_tokens: tokens generated; 1 times the prefill alone.
+      new_tokens: tokens generated; 1 times the prefill and the query alone.
+      kv: whether the document's KV is kept; without it the prefill alone is timed, as MInference's table does.
     """
 
     text: str
@@ -38,6 +40,7 @@ class LatencyPlan:
     repeats: int = 5
     warmups: int = 1
     new_tokens: int = 32
+    kv: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("repeats", 1), ("warmups", 0), ("new_tokens", 1)):
@@ -51,8 +54,18 @@ class LatencyPlan:
             "repeats": self.repeats,
             "warmups": self.warmups,
             "new_tokens": self.new_tokens,
-            "timed": "prefill and query until the first logits; then decoding past any stop token; tokenising excluded",
+            "timed": "prefill and query until the first logits; then decoding past any stop token; tokenising excluded"
+            if self.kv
+            else "the document through all layers; no KV kept, no query, no answer; tokenising excluded",
         }
+
+    def run(self, system: Generator, document: str) -> Completion:
+        """One run of what is timed."""
+        if self.kv:
+            return system.generate(document, QUERY, self.new_tokens, ignore_stop=True)
+        if not isinstance(system, Prefiller):
+            raise EvalError("latency: this system cannot prefill without keeping KV; drop --no-kv")
+        return system.prefill_alone(document, QUERY)
 
 
 def document_of(text: str, query: str, length: int, count: Callable[[str], int]) -> str:
@@ -93,13 +106,13 @@ def run_latency(
             continue
         document = document_of(plan.text, QUERY, length, system.count)
         for _ in range(plan.warmups):
-            system.generate(document, QUERY, plan.new_tokens, ignore_stop=True)
+            plan.run(system, document)
         for key in track(
             keys, description=f"{label} {length}", console=console, transient=True, disable=not console.is_terminal
         ):
             if key in folder.done:
                 continue
-            answer = system.generate(document, QUERY, plan.new_tokens, ignore_stop=True)
+            answer = plan.run(system, document)
             if answer.prefill_s is None or answer.decode_s is None:
                 raise EvalError("latency: this system reports no times")
             folder.append(

@@ -135,6 +135,10 @@ def test_the_command_runs_every_benchmark(folder, tmp_path, capsys):
     assert run(["perplexity", *model, "--seq", "1k", "--window", "64", "--out", str(tmp_path / "p")]) == 0
     timing = ["--repeats", "1", "--new-tokens", "4", "--baseline", "full", "--out", str(tmp_path / "l")]
     assert run(["latency", *model, "--seq", "1k", *timing]) == 0
+    assert run(["latency", *model, "--seq", "1k", "--repeats", "1", "--no-kv", "--out", str(tmp_path / "k")]) == 0
+    (row,) = json.loads((tmp_path / "k" / "apb" / "metrics.json").read_text())["results"]
+    assert row["ran"][0]["method"] == "apb"
+    assert row["generated_tokens"] == 0 < row["prefill_s"]
     assert run(["report", str(tmp_path)]) == 0
     values = {
         method: json.loads((tmp_path / "p" / method / "metrics.json").read_text())["results"][0]["perplexity"]

@@ -379,6 +379,24 @@ def test_latency_of_the_prefill_alone(tmp_path):
     assert result["decode_ms_per_token"] is None
 
 
+def test_latency_without_kv(tmp_path):
+    class Alone(Clock):
+        def generate(self, *given, **options):
+            raise AssertionError("nothing is asked")
+
+        def prefill_alone(self, document, query):
+            return Completion("", self.count(document), 0, self.count(document) / 500, 0.0)
+
+    plan = LatencyPlan(TEXT, "novel", (1000,), repeats=2, new_tokens=1, kv=False)
+    with RunFolder(tmp_path / "a", {"benchmark": "latency"}) as folder:
+        (result,) = run_latency(Alone(), plan, folder, console=QUIET, label="x")["results"]
+    assert result["prefill_s"] == pytest.approx(result["prompt_tokens"] / 500)
+    assert result["generated_tokens"] == 0
+    assert result["decode_ms_per_token"] is None
+    with RunFolder(tmp_path / "b", {"benchmark": "latency"}) as folder, pytest.raises(EvalError, match="drop --no-kv"):
+        run_latency(Clock(), plan, folder, console=QUIET, label="x")
+
+
 def test_the_document_is_the_longest_that_fits():
     count = word_tokens().count
     document = document_of("a b c", "q", 20, count)
