@@ -26,7 +26,7 @@ def dense_attention(x: LayerInputs, carry: Any) -> tuple[Array, Any]:
     return out.reshape(batch, rows, heads, dim), carry
 
 
-def our_logits(model: LoadedModel, *prompts: Array) -> list[np.ndarray]:
+def our_logits(model: LoadedModel, *prompts: Array | np.ndarray) -> list[np.ndarray]:
     """float32 [1, S, V] for every prompt [1, S]."""
     module = nnx.merge(model.graph(), model.place(None))
 
@@ -36,4 +36,4 @@ def our_logits(model: LoadedModel, *prompts: Array) -> list[np.ndarray]:
         x, _ = module.run_layers(module.embed(tokens), positions, dense_attention, jnp.int32(0))
         return module.logits(x)
 
-    return [np.asarray(run(module, tokens)) for tokens in prompts]
+    return [np.asarray(run(module, jnp.asarray(tokens))) for tokens in prompts]

@@ -8,16 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax import Array
+from dense import our_logits
 from parity_cases import FAMILIES, RECORDED, checksum, prompts, transformers_logits, write_model
 
-from apb_jax.attention.inputs import LayerInputs
-from apb_jax.weights.checkpoint import LoadedModel, load
+from apb_jax.weights.checkpoint import load
 from converters.__main__ import main
 
 TOLERANCE = 1e-4
@@ -25,30 +21,6 @@ HAS_TORCH = find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(
     not HAS_TORCH, reason="torch is not installed: recorded logits of transformers stand in for it (parity_cases.py)"
 )
-
-
-def dense_attention(x: LayerInputs, carry: Any) -> tuple[Array, Any]:
-    """Causal attention over the given rows alone, float32."""
-    q, k = x.rotated()
-    batch, rows, heads, dim = q.shape
-    grouped = q.reshape(batch, rows, k.shape[2], -1, dim)
-    scores = jnp.einsum("bskgd,btkd->bkgst", grouped, k, precision="highest") * dim**-0.5
-    seen = jnp.tril(jnp.ones((rows, rows), bool))
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgst,btkd->bskgd", weights, x.v, precision="highest")
-    return out.reshape(batch, rows, heads, dim), carry
-
-
-def our_logits(model: LoadedModel, ids: list[np.ndarray]) -> list[np.ndarray]:
-    module = nnx.merge(model.graph(), model.place(None))
-
-    @nnx.jit
-    def run(module: Any, tokens: Array) -> Array:
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        x, _ = module.run_layers(module.embed(tokens), positions, dense_attention, jnp.int32(0))
-        return module.logits(x)
-
-    return [np.asarray(run(module, jnp.asarray(tokens))) for tokens in ids]
 
 
 def close(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
@@ -62,7 +34,7 @@ def close(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
 def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     folder = write_model(name, tmp_path / name)
     theirs = transformers_logits(folder, name)
-    close(our_logits(load(folder, dtype="float32"), prompts(name)), theirs)
+    close(our_logits(load(folder, dtype="float32"), *prompts(name)), theirs)
     # What we export is the same model to transformers, in our spelling of the configuration too.
     assert main(["hf", str(folder), "--out", str(tmp_path / "orbax")]) == 0
     assert main(["export", str(tmp_path / "orbax"), "--out", str(tmp_path / "back")]) == 0
@@ -82,7 +54,7 @@ def test_logits_equal_the_recorded_ones(name: str, tmp_path: Path) -> None:
         "other random weights than recorded"
     )
     logits = [recorded[f"arr_{number}"] for number in range(len(prompts(name)))]
-    close(our_logits(load(folder, dtype="float32"), prompts(name)), logits)
+    close(our_logits(load(folder, dtype="float32"), *prompts(name)), logits)
 
 
 @needs_torch
