@@ -2,7 +2,10 @@
 
 For each case and variant, in this order: errors of out and lse against float32 on sampled rows, then the device time
 with the quantisation of q, k and v, and of the quantisation alone. Useful TFLOP/s, and the share of the card's dense
-8-bit peak. A last section holds the error against float32 by key length. One JSON line a row in --out.
+8-bit peak. Section `lengths` is the error against float32 by key length, with `--plot` as a picture; without a GPU
+it measures the emulation of the same arithmetic. One JSON line a row in --out.
+
+    python -m benchmarks.attention8 --section lengths --plot docs/pictures/attention8_error.png
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from apb_jax.arguments import names
 from apb_jax.command import Parser, command
 from benchmarks.kernels import DIM, FLASH_CASES, HEADS, KV_HEADS, FlashCase, exact_samples, flash_parity
 from pallas_kernels.flash_attention import RowSegment, flash_attention
@@ -26,9 +30,12 @@ from pallas_kernels.timing import device_ms
 
 PEAK_8_BIT = 1979.0
 """TFLOP/s of H100 and H200 SXM, dense, from the vendor's data sheet."""
+PERCENT = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+SECTIONS = ("kernel", "lengths")
 SCORES, BOTH = EightBit(values=False), EightBit()
 VARIANTS: tuple[tuple[str, EightBit | None, Config | None], ...] = (
-    ("bf16, this kernel", None, None),
+    ("bf16", None, None),
     ("e4m3 scores", SCORES, Config(128, 2, 2)),
     ("e4m3 both, promoted", BOTH, Config(128, 2, 2)),
     ("e4m3 both", BOTH, Config(128, 2, 2, promote=False)),
@@ -100,10 +107,11 @@ def measure(rows: Rows, case: FlashCase, variants, limit_s: float) -> None:
         )  # fmt: skip
 
 
-def attended(q, k, v, seen, eight: EightBit | None, config: Config | None, exact: bool) -> jax.Array:
-    if exact:
-        return flash_attention(q, (k,), (v,), seen, implementation="xla_chunked")[0]
-    return mosaic_gpu(make_call(q, (k,), (v,), seen, None, eight), config)[0]
+def attended(q, k, v, seen, eight: EightBit | None, config: Config | None) -> jax.Array:
+    """By the kernel of this device; with ``config`` by Hopper's, so configured."""
+    if config is not None:
+        return mosaic_gpu(make_call(q, (k,), (v,), seen, None, eight), config)[0]
+    return flash_attention(q, (k,), (v,), seen, eight=eight)[0]
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -111,24 +119,56 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
 
 
-def error_by_length(rows: Rows, limit_s: float) -> None:
-    """128 rows over 1K to 128K keys of one KV head's group: relative errors of bf16 and both recipes."""
-    for keys in (1024, 4096, 16384, 65536, 131072):
+def error_by_length(rows: Rows, limit_s: float) -> dict[str, dict[int, float]]:
+    """128 rows over 1K to 128K keys: relative errors of bf16 and of each recipe, by variant and keys."""
+    variants = [(name, eight, None) for name, eight, _ in VARIANTS[:3]]
+    variants += [VARIANTS[3]] if jax.default_backend() == "gpu" else []
+    errors: dict[str, dict[int, float]] = {name: {} for name, *_ in variants}
+    for keys in LENGTHS:
         if rows.seconds > limit_s:
-            return
+            break
         q = normal(0, 1, 128, HEADS, DIM)
         k, v = (normal(seed, 1, keys, KV_HEADS, DIM) for seed in (1, 2))
-        seen, found = (RowSegment(128, 0, keys, keys),), {}
+        seen, failed = (RowSegment(128, 0, keys, keys),), {}
         wide = [array.astype(jnp.float32) for array in (q, k, v)]
-        want = jax.jit(functools.partial(attended, seen=seen, eight=None, config=None, exact=True))(*wide)
-        for name, eight, config in VARIANTS[:4]:
-            run = functools.partial(attended, seen=seen, eight=eight, config=config, exact=False)
+        want = jax.jit(functools.partial(exact_attention, seen=seen))(*wide)
+        for name, eight, config in variants:
+            run = functools.partial(attended, seen=seen, eight=eight, config=config)
             try:
                 got = jax.jit(run)(q, k, v).astype(jnp.float32)
-                found[name] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+                errors[name][keys] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
             except Exception as error:  # noqa: BLE001 - as above
-                found[name] = f"{type(error).__name__}"
-        rows.add(case="error by length", keys=keys, **found)
+                failed[name] = f"{type(error).__name__}"
+        rows.add(
+            case="error by length", keys=keys, **{name: of[keys] for name, of in errors.items() if keys in of}, **failed
+        )
+    return errors
+
+
+def exact_attention(q, k, v, seen) -> jax.Array:
+    return flash_attention(q, (k,), (v,), seen, implementation="xla_chunked")[0]
+
+
+def draw(errors: dict[str, dict[int, float]], path: Path) -> None:
+    """Relative error in percent over the number of keys, both axes logarithmic."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, found in errors.items():
+        axis.plot(list(found), [100 * error for error in found.values()], marker="o", label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_yticks(PERCENT, [f"{n:g}" for n in PERCENT], minor=False)
+    axis.set_yticks([], minor=True)
+    axis.set_xticks(LENGTHS, [f"{n // 1024}K" for n in LENGTHS])
+    where = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else "emulated on a CPU"
+    axis.set(xlabel="keys", ylabel="relative error of the result, %", title=f"Attention against float32, {where}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 @command("python -m benchmarks.attention8")
@@ -142,12 +182,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--variants", type=lambda text: [int(i) for i in text.split(",")], help="numbers of variants, from 0"
     )
+    parser.add_argument("--section", type=names, default=SECTIONS, help=f"default: {','.join(SECTIONS)}")
+    parser.add_argument("--plot", type=Path, help="picture of section lengths")
     args = parser.parse_args(argv)
+    if wrong := [name for name in args.section if name not in SECTIONS]:
+        parser.error(f"--section: {wrong[0]!r} is none of {', '.join(SECTIONS)}")
     rows = Rows(args.out)
     variants = VARIANTS if args.variants is None else [VARIANTS[i] for i in args.variants]
-    for case in (FLASH_CASES[0], FLASH_CASES[4]):
+    for case in (FLASH_CASES[0], FLASH_CASES[4]) if "kernel" in args.section else ():
         measure(rows, case, variants, args.limit_s)
-    error_by_length(rows, args.limit_s)
+    if "lengths" in args.section:
+        errors = error_by_length(rows, args.limit_s)
+        if args.plot:
+            draw(errors, args.plot)
 
 
 if __name__ == "__main__":
