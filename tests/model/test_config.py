@@ -38,6 +38,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "theta nan": ({"rope_theta": math.nan}, "rope_theta=nan"),
     "dynamic rope": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported: .*length of"),
     "two ropes": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "disagree"),
+    "two thetas": ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "disagree"),
     "shrinking rope": ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor of rope type 'linear' is 0.5"),
     "no factor": ({"rope_scaling": {"type": "linear"}}, "'linear' needs the setting 'factor'"),
     "llama's window": ({"sliding_window": 64}, "sliding_window=64"),
