@@ -81,12 +81,13 @@ def _read(given: Mapping[str, Any], hf: Mapping[str, Any], max_positions: int | 
         return float(value)
 
     top_theta = hf.get("rope_theta")
-    if top_theta is not None and settings.get("rope_theta", top_theta) != top_theta:
-        raise UserError(
-            f"config.json has rope_theta={top_theta!r} and, among the rope's settings, {settings['rope_theta']!r}, which "
-            "disagree; leave one of them out"
-        )
+    twice = top_theta is not None and "rope_theta" in settings
     theta = number("rope_theta", default_theta if top_theta is None else top_theta)
+    if twice and top_theta != theta:
+        raise UserError(
+            f"config.json has rope_theta={top_theta!r} and, among the rope's settings, {theta!r}, which disagree; "
+            "leave one of them out"
+        )
     stated = hf.get("max_position_embeddings") or max_positions
     # transformers lets the one beside the settings win.
     original = hf.get("original_max_position_embeddings")
