@@ -16,6 +16,7 @@ from apb_jax.errors import UserError
 from apb_jax.files import read_json, write_text
 from evals import plots
 from evals.base import UNSCORABLE, EvalError
+from evals.latency.break_even import break_even
 from evals.page import Block, Details, Heading, Paragraph, Picture, Section, to_html, to_markdown
 from evals.store import read_rows
 from evals.tables import Table, latency_table, length_name, perplexity_table, ruler_notes, score_tables
@@ -341,7 +342,13 @@ def _latency_blocks(runs: dict[str, Run], draw: Draw) -> list[Block]:
         f"Mean of {first['repeats']} runs after {first['warmups']} untimed; timed: {first['timed']}. "
         "tok/s is the APB paper's: (prompt + generated tokens) / (prefill + decode seconds)."
     )
-    return [*picture, latency_table(metrics, wanted), Paragraph(note)]
+    prefill = {method: {r["length"]: r["prefill_s"] for r in m["results"]} for method, m in metrics.items()}
+    against = [
+        Paragraph(f"Prefill of {method} against {wanted}: {break_even(prefill[wanted], seconds)}.")
+        for method, seconds in prefill.items()
+        if wanted in prefill and method != wanted
+    ]
+    return [*picture, latency_table(metrics, wanted), *against, Paragraph(note)]
 
 
 def _perplexity_blocks(runs: dict[str, Run], draw: Draw) -> list[Block]:

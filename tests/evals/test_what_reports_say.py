@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from evals import plots
+from evals.latency.break_even import break_even
 from evals.page import Details, Heading, Paragraph, Section, to_html
 from evals.runner import _statistics
 from evals.tables import Table, latency_table
@@ -105,6 +106,21 @@ def test_a_speed_up_is_the_others_time_over_ours() -> None:
     assert by_method["apb"]["prefill vs full"] == "2.00x"
     assert by_method["apb"]["tok/s vs full"] == "3.00x"
     assert by_method["full"]["prefill vs full"] == "1.00x"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        ({1024: 2.0, 4096: 2.0}, "faster from about 2,048 tokens on (measured at 1K and 4K)"),
+        ({1024: 0.5, 4096: 1.0}, "faster at every length measured, from 1K on"),
+        ({1024: 1.0, 4096: 5.0}, "faster at no length measured, up to 4K"),
+        ({1024: 0.5, 4096: 5.0}, "faster at 1K"),
+        ({512: 1.0}, "not measured at any length of both"),
+    ],
+)
+def test_break_even(seconds: dict[int, float], words: str) -> None:
+    """Full attention takes 1 s at 1K and 4 s at 4K; the ratio is a straight line on logarithmic scales."""
+    assert break_even({1024: 1.0, 4096: 4.0}, seconds) == words
 
 
 def test_standard_error_is_that_of_the_mean() -> None:
