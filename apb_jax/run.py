@@ -224,7 +224,10 @@ def decide_method(config: RunConfig, model: LoadedModel, text: str | None) -> tu
     if text is not None and model.tokenizer is not None:
         whole = len(model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
         length = whole if config.seq is None else min(whole, config.seq)
-    found = choose(model, length, devices, tp=config.tp, limit=config.gpu_memory)
+    found = choose(
+        model, length, devices,
+        tp=config.tp, limit=config.gpu_memory, precision=config.precisions, kv_memory=config.kv,
+    )  # fmt: skip
     return found.method, found.devices, found.reason
 
 

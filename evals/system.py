@@ -251,7 +251,8 @@ def connect(spec: SystemSpec) -> Callable[[str], EngineSystem]:
         send({"method": name})
         if name != AUTO:
             return EngineSystem(engines.of(methods[name]), spec, name)
-        found = choose(model, spec.length or model.config.max_positions, mesh.shape[SP], tp=spec.tp)
+        length = spec.length or model.config.max_positions
+        found = choose(model, length, mesh.shape[SP], tp=spec.tp, precision=precision)
         chosen = MethodSpec(found.method)
         shards = chosen.shards_on(found.devices, spec.shards if found.devices == mesh.shape[SP] else None)
         place = mesh if found.devices == mesh.shape[SP] else make_mesh(found.devices, spec.tp)

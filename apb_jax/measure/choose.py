@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import jax
 
 from apb_jax.attention.registry import MethodSpec
+from apb_jax.kv_memory import DEVICE
 from apb_jax.measure.auto import Decision, calibration_path, decide, read_calibration
 from apb_jax.measure.devices import memory_limit
-from apb_jax.measure.memory import NEW_TOKENS, QUERY_TOKENS, Case
+from apb_jax.measure.memory import Case
 from apb_jax.measure.plan import longest_document
+from apb_jax.precision import FP8, Precision
 
 if TYPE_CHECKING:
     from apb_jax.weights.checkpoint import LoadedModel
@@ -24,12 +26,13 @@ def choose(
     *,
     tp: int = 1,
     limit: int | None = None,
-    query_tokens: int = QUERY_TOKENS,
-    new_tokens: int = NEW_TOKENS,
+    precision: Precision = Precision(),  # noqa: B008 - frozen
+    kv_memory: str = DEVICE,
 ) -> Decision:
     """The method for a document of ``tokens`` tokens on up to ``devices`` devices; reads no weight.
 
-    ``limit``: bytes a device; None: what the devices say, and all methods fit where they do not.
+    ``limit``: bytes a device; None: what the devices say, and all methods fit where they do not. ``precision`` and
+    ``kv_memory``: what a run would be told, for they decide what fits.
 
     Raises:
         UserError: this machine was not calibrated for the model, or nothing that was measured holds the document.
@@ -50,8 +53,10 @@ def choose(
             shards=spec.shards_on(count),
             retaining_hidden=model.retaining_hidden,
             folded=model.fold_heads,
-            fp8=model.fp8,
+            fp8=model.source.fp8 or precision.weights == FP8,
+            kv=precision.kv,
+            kv_memory=kv_memory,
         )
-        return longest_document(case, limit, query_tokens, new_tokens)
+        return longest_document(case, limit)
 
     return decide(tokens, devices, model.config, calibration, longest=None if limit is None else longest)

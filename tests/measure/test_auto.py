@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import tiny_config
@@ -23,6 +24,7 @@ from apb_jax.measure.auto import (
 )
 from apb_jax.measure.choose import choose
 from apb_jax.measure.memory import PROGRAM_BYTES
+from apb_jax.precision import Precision
 
 
 def measured(**seconds: list[float]) -> Calibration:
@@ -170,6 +172,11 @@ def test_choose_knows_the_devices_memory(tmp_path: Path, monkeypatch: pytest.Mon
     decision = choose(model, 16384, 4, limit=PROGRAM_BYTES + 14 * 2**20)
     assert (decision.method, decision.devices) == ("ring", 4)
     assert "full on 1 device (at most" in decision.reason
+    deeper = random_model(max_positions=65536, num_layers=4)
+    write_calibration(calibration_path(deeper.config, deeper.dtype.name), "a device", fast_full.rows)
+    told: dict[str, Any]
+    for told, method in (({}, "ring"), ({"kv_memory": "host"}, "full"), ({"precision": Precision(kv="int8")}, "full")):
+        assert choose(deeper, 16384, 4, limit=PROGRAM_BYTES + 28 * 2**20, **told).method == method
 
 
 def test_evals_take_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
