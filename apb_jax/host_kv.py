@@ -101,7 +101,7 @@ def prefill(
             buffer = programs.document_cache(*empty, layers=1)
         else:
             buffer = on_way.popleft()
-            jax.block_until_ready(kept.parts[layer - ON_DEVICE].k)
+            jax.block_until_ready(kept.parts[layer - ON_DEVICE])  # its copy is done with the buffer
         state, start = PrefillState(x, buffer), programs.place(np.int32(layer))
         state = programs.call(*prefill_recipe(programs, method, 1, state), (weights, state, rows, start))
         assert state.cache is not None
@@ -109,7 +109,7 @@ def prefill(
         on_way.append(state.cache)
         jax.block_until_ready(x)
         yield layer + 1, kept
-    jax.block_until_ready([part.k for part in kept.parts])
+    jax.block_until_ready(kept)
 
 
 @dataclass
