@@ -150,7 +150,7 @@ def layout_picture(layout: Layout, method: AttentionMethod, mesh: dict[str, int]
     words = {
         "earlier": "all earlier blocks",
         "passing": f"passing: {passed:,} of each earlier shard, per KV head",
-        "block": f"own block: {block:,}, causally",
+        "block": f"own block: {min(block, document):,}, causally",
     }
     seen = "the keys among which the method selects:" if method.can.selects else "the keys that a block's rows see:"
     lines.append(Text(f"{seen} ({WIDTH} characters: the whole document)", style="dim"))
