@@ -103,7 +103,7 @@ class Run:
             return f"form {first['form']}" if "form" in first else "four needles"
         if self.benchmark == "perplexity":
             return f"protocol {self.config['protocol']}, window {self.config['window']}"
-        return f"{self.config['new_tokens']} new tokens"
+        return f"{self.config['new_tokens']} new tokens" if self.config.get("kv", True) else "prefill alone, no KV"
 
 
 def _lengths(tasks: Sequence[dict[str, Any]]) -> str:

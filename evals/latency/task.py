@@ -54,6 +54,7 @@ class LatencyPlan:
             "repeats": self.repeats,
             "warmups": self.warmups,
             "new_tokens": self.new_tokens,
+            **({} if self.kv else {"kv": False}),
             "timed": "prefill and query until the first logits; then decoding past any stop token; tokenising excluded"
             if self.kv
             else "the document through all layers; no KV kept, no query, no answer; tokenising excluded",
