@@ -1,4 +1,4 @@
-"""A few seconds of work: a product, the attention kernel against float32, collectives, the disk of the model cache."""
+"""A few seconds of work: a product, the attention kernel against float32, collectives, the host's link, the disk."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from apb_jax.doctor.findings import Finding
 from apb_jax.measure.devices import DeviceFigures
+from apb_jax.measure.host_link import bandwidth
 
 ENOUGH = 0.8
 """Share of the expected figure below which a line is a note."""
@@ -142,6 +143,16 @@ def collectives(sizes: Sizes, expected: DeviceFigures | None) -> list[Finding]:
     return found
 
 
+def host_link() -> list[Finding]:
+    """GB/s from pinned host memory to all devices; a CPU has none."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return []
+    rate = bandwidth(Mesh(np.asarray(devices), ("x",)))
+    said = f"{rate / 1e9:,.0f} GB/s: under --kv host a token over 16 GiB of KV takes at least {2**34 / rate:.2f} s"
+    return [Finding("ok", "host memory to devices", said)]
+
+
 def model_cache() -> Path:
     """The folder of downloaded models, or what exists of its path."""
     import huggingface_hub.constants
@@ -183,5 +194,6 @@ def self_test(expected: DeviceFigures | None) -> list[Finding]:
         matmul(sizes, expected),
         attention(sizes),
         *collectives(sizes, expected),
+        *host_link(),
         disk(model_cache(), sizes.disk_bytes),
     ]

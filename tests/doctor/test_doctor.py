@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,16 @@ def test_self_test_passes_here() -> None:
     found = {finding.subject: finding for finding in selftest.self_test(None)}
     assert set(found) == {"matmul", "attention kernel", "all_gather", "ppermute", "disk"}
     assert {finding.level for finding in found.values()} == {"ok"}
+
+
+def test_the_host_link_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --kv host would cost is said of GPUs alone."""
+    monkeypatch.setattr(selftest, "bandwidth", lambda mesh: 2.0**36)
+    assert selftest.host_link() == []
+    monkeypatch.setattr("jax.local_devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(selftest, "Mesh", lambda devices, axes: devices)
+    (found,) = selftest.host_link()
+    assert found.text == "69 GB/s: under --kv host a token over 16 GiB of KV takes at least 0.25 s"
 
 
 def test_self_test_finds_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
