@@ -1,6 +1,6 @@
 """Document KV in host memory beside KV on the devices: prefill, decoding, peak, and what of the host's link is used.
 
-    python benchmarks/host_kv.py --out OUT                       # 128K beside the devices, then 384K and 1M, one GPU
+    python benchmarks/host_kv.py --out OUT                       # 128K beside the devices, then 384K, 768K, 1M
     python benchmarks/host_kv.py --model tiny --seqs 2k --both 2k
 
 Each case is a process of its own: memory is its own peak. Random weights, random ids. Lengths of ``--both`` run in
@@ -41,7 +41,7 @@ def one(args: argparse.Namespace) -> None:
     import numpy as np
 
     import apb_jax
-    from apb_jax.measure.host_link import bandwidth
+    from apb_jax.measure.host_link import bandwidth, host_note
     from apb_jax.measure.memory import Case, memory_of
     from apb_jax.report import versions
     from apb_jax.task import RANDOM_QUERY_TOKENS
@@ -53,6 +53,7 @@ def one(args: argparse.Namespace) -> None:
     sizes = (args.seq - RANDOM_QUERY_TOKENS - NEW_TOKENS, RANDOM_QUERY_TOKENS)
     prompt = engine.prompt(*(rng.integers(0, model.config.vocab_size, n) for n in sizes))
     planned = memory_of(Case.of(engine), *Case.of(engine).chosen([prompt]), RANDOM_QUERY_TOKENS, NEW_TOKENS)
+    host_note(engine, [prompt])  # refuses what the host does not hold
     seconds, answer = [], None
     for _ in range(REPEATS):  # the first compiles
         session = engine.prefill([prompt])
@@ -81,7 +82,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--method", default="apb")
     parser.add_argument("--sp", type=int, default=1)
     parser.add_argument("--both", type=lengths, default=(131072,), help="lengths that run in both memories")
-    parser.add_argument("--seqs", type=lengths, default=(393216, 1048576), help="lengths that run in host memory alone")
+    parser.add_argument(
+        "--seqs", type=lengths, default=(393216, 786432, 1048576), help="lengths that run in host memory alone"
+    )
     parser.add_argument("--limit-s", type=float, default=400.0)
     parser.add_argument("--seq", type=length, help=argparse.SUPPRESS)
     parser.add_argument("--logits", help=argparse.SUPPRESS)
