@@ -194,6 +194,11 @@ class Engine:
         reason = refusal(self.method, self.setup(batch))
         if reason is not None:
             raise UserError(reason)
+        if self.can.block_sparse and self.settings.precision.attention == FP8:
+            raise UserError(
+                f"--attention-dtype fp8: {self.method.name} attends through block_sparse_attention, which has no 8-bit "
+                "products; nearest legal choice: --weights-dtype fp8 --kv-dtype fp8, without --precision"
+            )
 
     def setup(self, batch: int, prompts: Sequence[Prompt] = ()) -> Setup:
         """What the method may know when it is chosen."""

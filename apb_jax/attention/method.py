@@ -45,6 +45,8 @@ class Capabilities:
     """Whether prefill scores keys at their true distances, so that its softmax compares with full attention's."""
     selects: bool = False
     """Whether rows see only a selection of what stands in front of them in their own block."""
+    block_sparse: bool = False
+    """Whether its prefill attends through ``block_sparse_attention``, which has no 8-bit products."""
     tested: tuple[str, ...] = ("exact limit",)
     """Kinds of evidence in tests/: "exact limit", "selection oracle", "recordings", "transformers"."""
 

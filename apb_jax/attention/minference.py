@@ -91,6 +91,7 @@ class MInference(AttentionMethod):
     can: ClassVar[Capabilities] = Capabilities(
         exact=False,
         selects=True,
+        block_sparse=True,
         paper="MInference, arXiv 2407.02490",
         needs_query_in_prefill=True,
         max_shards=1,

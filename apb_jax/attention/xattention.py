@@ -143,6 +143,7 @@ class XAttention(AttentionMethod):
     can: ClassVar[Capabilities] = Capabilities(
         exact=False,
         selects=True,
+        block_sparse=True,
         paper="XAttention, arXiv 2503.16428",
         remaps_positions=False,
         tested=("exact limit", "shards agree", "selection oracle"),

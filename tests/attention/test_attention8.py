@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from attention.method_cases import method, model
@@ -9,6 +11,7 @@ from helpers import ids
 
 import apb_jax
 from apb_jax.errors import UserError
+from apb_jax.model.config import with_string
 from apb_jax.precision import Precision
 from pallas_kernels.device import HOPPER, Device, assume
 
@@ -30,7 +33,11 @@ def test_logits_move_a_little(name: str) -> None:
 
 
 def test_a_method_whose_attention_is_another_kernel_refuses() -> None:
-    engine = apb_jax.Engine(model(), method("xattention"), apb_jax.make_mesh(sp=1), precision=FP8)
+    """Known beforehand of methods, and under STRING when its program is made."""
+    with pytest.raises(UserError, match="xattention attends through block_sparse_attention, which has no 8-bit"):
+        apb_jax.Engine(model(), method("xattention"), apb_jax.make_mesh(sp=1), precision=FP8)
+    remapped = replace(model(), config=with_string(model().config, 0.33, 16, 300))
+    engine = apb_jax.Engine(remapped, method("full"), apb_jax.make_mesh(sp=1), precision=FP8)
     with pytest.raises(UserError, match="--attention-dtype fp8: not all attention"):
         engine.prefill([engine.prompt(ids(1, 96), ids(2, 9))])
 
