@@ -3,8 +3,8 @@
 Timed per repetition, after warm-ups that compile and tune: ``prefill_s`` (document and query through all layers until
 the first token's logits are on the host) and ``decode_s`` (the further tokens, past any stop token), both measured by
 the system around finished device work; tokenising and building the prompt are outside. Without KV: the document's
-layers alone. ``tokens_per_s`` is APB's
-definition: (prompt + generated tokens) summed over repetitions, divided by the summed prefill and decode seconds.
+layers alone. ``tokens_per_s`` is APB's definition: (prompt + generated tokens) summed over repetitions, divided by the
+summed prefill and decode seconds.
 """
 
 import statistics
