@@ -58,7 +58,9 @@ def run_command(argv: list[str]) -> int:
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="the model's GGUF file or folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
-    parser.add_argument("--heads", type=Path, help="retaining heads; without them their methods are left out")
+    parser.add_argument(
+        "--heads", type=Path, help="retaining heads; by default what the section heads leaves in the folder of the rows"
+    )
     parser.add_argument("--dtype", choices=("bf16", "float32"))
     parser.add_argument(
         "--sections",
@@ -69,10 +71,11 @@ def run_command(argv: list[str]) -> int:
     parser.add_argument("--lengths", default="", help="only these")
     parser.add_argument("--count", type=int, help="samples of a task or texts of a unit at most")
     parser.add_argument("--receipt-count", type=int, default=20, help="the same for receipts and the sweep")
-    parser.add_argument("--batch-tokens", type=int, default=26 * 8192)
+    parser.add_argument("--batch-tokens", type=int, default=52 * 8192, help="of a batch: by default four samples of each RULER task at 8K")
     parser.add_argument("--head-steps", type=int, default=1500)
     parser.add_argument("--head-hidden", type=int, default=128)
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--memory", type=float, default=0.92, help="share of the device's memory for all workers")
     parser.add_argument("--limit-s", type=float, default=1e9, help="no batch begins after so many seconds")
     args = parser.parse_args(argv)
     methods, lengths = tuple(args.methods.split(",")), tuple(int(n) for n in args.lengths.split(",") if n)
@@ -81,7 +84,7 @@ def run_command(argv: list[str]) -> int:
         parser.error(f"--methods: {wrong[0]!r} is none of {', '.join(METHODS)}")
     wanted = tuple(Wanted.parse(text, methods, lengths) for text in args.sections.split(","))
     started = time.time()
-    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.92 / args.workers:.3f}"
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{args.memory / args.workers:.3f}"
     from benchmarks.evidence.samples import read_samples
     from benchmarks.evidence.work import Run, claims_folder, start
 
@@ -89,8 +92,8 @@ def run_command(argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{len(samples)} samples of {args.samples}, {facts['counts']}", flush=True)
     run = Run(
-        args.samples, args.model, args.out, args.heads, args.dtype, wanted, args.count, args.receipt_count,
-        args.batch_tokens, args.head_steps, args.head_hidden, tuple(facts["stop_ids"]),
+        args.samples, args.model, args.out, args.heads or args.out / "heads.safetensors", args.dtype, wanted,
+        args.count, args.receipt_count, args.batch_tokens, args.head_steps, args.head_hidden, tuple(facts["stop_ids"]),
         facts["opening"], started + args.limit_s, claims_folder(),
     )  # fmt: skip
     record = {
@@ -110,16 +113,20 @@ def score_command(argv: list[str]) -> None:
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the rows")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/real_evidence.jsonl"))
+    parser.add_argument("--add", action="store_true", help="keep the cells of --out of which the rows hold nothing")
     args = parser.parse_args(argv)
     from apb_jax.files import write_text
     from benchmarks.evidence.prepare import codec_of
     from benchmarks.evidence.samples import read_samples
-    from benchmarks.evidence.score import figures
+    from benchmarks.evidence.score import beside, figures
     from benchmarks.evidence.work import rows_of
 
     samples, facts = read_samples(args.samples)
     runs = [json.loads(line) for line in (args.runs / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
     found = list(figures(samples, rows_of(args.runs), codec_of(facts["model"]).decode))
+    if args.add:
+        before, *cells = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
+        runs, found = before["runs"] + [run for run in runs if run not in before["runs"]], beside(found, cells)
     lines = [{"section": "facts", "samples": facts, "runs": runs}, *found]
     write_text(args.out, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
     print(f"{args.out}: {len(found)} cells of {len(runs)} runs")

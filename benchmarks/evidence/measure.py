@@ -148,18 +148,30 @@ def _agreement(
 def receipts(
     engine: Engine, reference: Engine, samples: Sequence[Sample], length: int, stop: Sequence[int]
 ) -> tuple[list[dict[str, Any]], str]:
-    """Agreement with full attention over the rows of the query and of full attention's answer (teacher forcing)."""
+    """Agreement with full attention over the rows of the query and of full attention's answer (teacher forcing).
+
+    Beside it both answers in full, so that a lost answer is known from the same row.
+    """
     prompts = [prompt_of(sample, length) for sample in samples]
+    most = max(sample.new_tokens for sample in samples)
     session = reference.prefill(prompts)
-    given = session.generate(ANSWER_ROWS, stop_ids=stop)
-    queries = [np.asarray([*p.query, *a.tokens], np.int32) for p, a in zip(prompts, given, strict=True)]
+    given = session.generate(most, stop_ids=stop)
+    queries = [np.asarray([*p.query, *a.tokens[:ANSWER_ROWS]], np.int32) for p, a in zip(prompts, given, strict=True)]
     theirs = logits_of(session, queries)
     del session
     ours_session = engine.prefill(prompts)
+    own = ours_session.generate(most, stop_ids=stop)
     ours = logits_of(ours_session, queries)
     start, end = (np.asarray([len(x) for x in rows], np.int32) for rows in ([p.query for p in prompts], queries))
     found = {name: np.asarray(x) for name, x in _agreement(ours, theirs, start, end).items()}
-    rows = [{name: round(float(x[b]), 6) for name, x in found.items()} for b in range(len(samples))]
+    rows = [
+        {
+            **{name: round(float(x[b]), 6) for name, x in found.items()},
+            "tokens": packed(own[b].tokens[: sample.new_tokens]),
+            "full_tokens": packed(given[b].tokens[: sample.new_tokens]),
+        }
+        for b, sample in enumerate(samples)
+    ]
     return rows, _ran(ours_session)
 
 

@@ -33,7 +33,7 @@ def figures(
     scores: Scores = defaultdict(dict)
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     nll: dict[str, dict[str, float]] = defaultdict(dict)
-    receipts: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    receipts: dict[str, list[tuple[dict[str, float], float, float]]] = defaultdict(list)
     ran: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         unit, key = row["unit"], row["key"]
@@ -41,24 +41,37 @@ def figures(
         if "ran" in row:
             ran[unit].update(row["ran"])
         elif section == "receipts":
-            receipts[unit][key] = {name: row[name] for name in SIGNALS}
+            sample = by_place[kind, int(length), key]
+            own, full = (score_of(sample, decode(unpacked(row[name]))) for name in ("tokens", "full_tokens"))
+            receipts[unit].append(({name: row[name] for name in SIGNALS}, own, full))
         elif kind == "text":
             nll[unit][key] = row["nll"]
         else:
             sample = by_place[kind, int(length), key]
             text = decode(unpacked(row["tokens"]))
             texts[unit][key] = text
-            if kind == "needle":
-                scores[unit][key] = float(sample.references[0] in text)
-            else:
-                scores[unit][key] = score_one(METRICS[family_of(sample.task)], text, sample.references)
+            scores[unit][key] = score_of(sample, text)
     for unit, what in sorted(ran.items()):
         yield {"section": "ran", "unit": unit, "methods": sorted(what)}
     yield from _ruler(scores)
     yield from _questions(texts, by_place)
     yield from _perplexity(nll)
     yield from _needles(scores, by_place)
-    yield from _receipts(receipts, scores)
+    yield from _receipts(receipts)
+
+
+def score_of(sample: Sample, text: str) -> float:
+    """0 to 1: a needle is there or not, the rest by RULER's own measures."""
+    if sample.kind == "needle":
+        return float(sample.references[0] in text)
+    return score_one(METRICS[family_of(sample.task)], text, sample.references)
+
+
+def beside(found: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``found``, and the cells of ``earlier`` whose unit ``found`` has nothing of: a unit is replaced as a whole."""
+    unit = ("section", "measure", "method", "length", "rope", "unit", "anchor", "passing")
+    have = {tuple(row.get(name) for name in unit) for row in found}
+    return [*found, *(row for row in earlier if tuple(row.get(name) for name in unit) not in have)]
 
 
 def _sweep_parts(unit: str) -> tuple[str, str, str, str]:
@@ -218,15 +231,14 @@ def auc(signal: Sequence[float], lost: Sequence[bool]) -> tuple[float, float] | 
     return area, math.sqrt(max(0.0, variance) / (len(yes) * len(no)))
 
 
-def _receipts(receipts: dict[str, dict[str, dict[str, float]]], scores: Scores) -> Iterator[dict[str, Any]]:
+def _receipts(receipts: dict[str, list[tuple[dict[str, float], float, float]]]) -> Iterator[dict[str, Any]]:
     """Over the samples that full attention scored on: lost means that the method scored less."""
     pooled: dict[str, list[tuple[dict[str, float], bool]]] = defaultdict(list)
     for unit, found in sorted(receipts.items()):
         _, method, length, _ = _parts(unit)
-        own, full = scores.get(f"ruler/ruler/{method}/{length}", {}), scores.get(f"ruler/ruler/full/{length}", {})
-        known = [(row, own[key] < full[key]) for key, row in found.items() if key in own and full.get(key, 0) > 0]
+        known = [(row, own < full) for row, own, full in found if full > 0]
         place = {"section": "receipts", "method": method, "length": length, "receipts": len(found)}
-        means = {name: round(float(np.mean([row[name] for row in found.values()])), 5) for name in SIGNALS}
+        means = {name: round(float(np.mean([row[name] for row, _, _ in found])), 5) for name in SIGNALS}
         yield {**place, "mean": means, **_prediction(known)}
         pooled[method] += known
         pooled["all"] += known

@@ -16,10 +16,6 @@ from typing import Any
 from benchmarks.evidence.samples import Sample, read_samples
 from benchmarks.evidence.units import Unit, Wanted, units
 
-BATCH_TOKENS = 26 * 8192
-"""Document tokens of a batch: two samples of each RULER task at 8K."""
-
-
 @dataclass(frozen=True)
 class Run:
     """What a worker is told."""
@@ -27,7 +23,7 @@ class Run:
     samples: Path
     model: Path
     out: Path
-    heads: Path | None
+    heads: Path
     dtype: str | None
     wanted: tuple[Wanted, ...]
     count: int | None
@@ -42,8 +38,6 @@ class Run:
 
     def units(self) -> Iterator[Unit]:
         for unit in units(self.wanted, self.opening):
-            if unit.needs_heads and self.heads is None:
-                continue
             yield unit
 
 
@@ -101,6 +95,9 @@ def worker(run: Run, index: int) -> None:
                 os.close(os.open(run.claims / str(number), os.O_CREAT | os.O_EXCL))
             except FileExistsError:  # another worker has it
                 continue
+            if unit.needs_heads and not run.heads.exists():
+                print(f"[{index}] {unit.name}: no retaining heads at {run.heads}", flush=True)
+                continue
             try:
                 if unit.kind == "heads":
                     _heads(run, engines, samples)
@@ -114,7 +111,8 @@ def _unit(run: Run, unit: Unit, engines: Any, samples: list[Sample], done: Any, 
     todo = [s for s in chosen(unit, samples, run) if (unit.name, s.key) not in done]
     if not todo:
         return
-    size = max(1, min(run.batch_tokens // unit.length, len(todo)))
+    tokens = run.batch_tokens // 2 if unit.section == "receipts" else run.batch_tokens  # two sets of logits
+    size = max(1, min(tokens // unit.length, len(todo)))
     engine, started, compiled = engines.of(unit), time.time(), 0.0
     finished = 0
     for first in range(0, len(todo), size):
@@ -163,7 +161,7 @@ def _heads(run: Run, engines: Any, samples: list[Sample]) -> None:
 
     train_heads(
         engines.base(False, "", 0).model, [s for s in samples if s.kind == "heads"], run.head_hidden, run.head_steps,
-        run.out / "heads.safetensors",
+        run.heads,
     )  # fmt: skip
 
 

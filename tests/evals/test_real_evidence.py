@@ -13,7 +13,7 @@ from apb_jax.errors import UserError
 from benchmarks.evidence.measure import _agreement, _nll, packed, unpacked
 from benchmarks.evidence.page import write_page
 from benchmarks.evidence.samples import Sample, read_samples, write_samples
-from benchmarks.evidence.score import auc, exact, f1, figures, spearman
+from benchmarks.evidence.score import auc, beside, exact, f1, figures, spearman
 from benchmarks.evidence.units import METHODS, Wanted, units
 from benchmarks.evidence.work import chosen, rows_of
 
@@ -93,6 +93,14 @@ def test_a_signal_that_tells_and_one_that_does_not() -> None:
     assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
 
 
+def test_earlier_cells_stay_where_nothing_new_is_known() -> None:
+    """A unit is replaced as a whole: none of its tasks stays from an earlier run."""
+    place = {"section": "ruler", "length": 8192}
+    new = [{**place, "method": "full", "task": "mean", "score": 2}]
+    old = [{**place, "method": m, "task": t, "score": 1} for m in ("full", "star") for t in ("mean", "qa_1")]
+    assert beside(new, old) == [*new, *old[2:]]
+
+
 def test_rows_to_figures_to_a_page(tmp_path: Path) -> None:
     """Every section from rows with known answers; the page and its pictures are written, a torn line is left out."""
     words = {1: "seven", 2: "eight"}
@@ -106,7 +114,9 @@ def test_rows_to_figures_to_a_page(tmp_path: Path) -> None:
         rows.append({"unit": f"perplexity/text/{method}/8192", "key": "essays/0", "nll": 2.0 + (method == "apb")})
     for s in SAMPLES[:4]:
         signals = dict.fromkeys(("kl", "kl_max", "kl_first", "kl_answer"), 1.0 if s.id == "0" else 0.1)
-        rows.append({"unit": "receipts/ruler/apb/8192", "key": s.key, **signals, "top1": 1.0, "top1_answer": 1.0})
+        answers = {"tokens": packed([2 if s.id == "0" else 1]), "full_tokens": packed([1])}
+        signals |= {"top1": 1.0, "top1_answer": 1.0}
+        rows.append({"unit": "receipts/ruler/apb/8192", "key": s.key, **signals, **answers})
         rows.append({"unit": "sweep/ruler/apb 256/128/8192", "key": s.key, "tokens": packed([1])})
     rows.append({"unit": "beyond/needle/full/8192/yarn:2", "key": SAMPLES[4].key, "tokens": packed([1])})
     rows.append({"unit": "ruler/ruler/apb/8192", "key": "", "ran": ["APB(...)"]})
