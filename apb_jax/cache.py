@@ -60,8 +60,11 @@ class LayerKV:
 
 
 def _on_host(array: jax.Array, layer: int) -> np.ndarray:
+    parts = array.addressable_shards
+    if len(parts) == 1:
+        return np.asarray(parts[0].data[layer])
     whole = np.empty(array.shape[1:], array.dtype)
-    for part in array.addressable_shards:
+    for part in parts:
         whole[part.index[1:]] = np.asarray(part.data[layer])
     return whole
 

@@ -22,7 +22,7 @@ from benchmarks.precision_hlo import hlo_facts
 from pallas_kernels.float8 import CUBLAS_ONLY, dequantise, product, quantise
 from pallas_kernels.skinny_matmul import skinny_matmul
 from pallas_kernels.skinny_matmul.call import make_call
-from pallas_kernels.skinny_matmul.mosaic_gpu import FP8_CONFIG, Config, mosaic_gpu
+from pallas_kernels.skinny_matmul.triton import MORE_ROWS, ONE_ROW, Config, triton
 
 PARITY_ROWS = 512
 ARITHMETIC_LIMIT = 1e-2
@@ -201,21 +201,34 @@ def read_ceiling(count: int) -> float:
     return count / seconds(jax.jit(lambda a: jnp.max(a)), x)
 
 
-def skinny_configs() -> dict[str, Config]:
-    """Of the Hopper kernel on e4m3 matrices: the default and its neighbours."""
-    change = functools.partial(dataclasses.replace, FP8_CONFIG)
-    return {
-        "default": FP8_CONFIG,
-        "stages 8": change(stages=8),
-        "2 blocks": change(stages=3, blocks_per_multiprocessor=2, registers=168),
-        "2 blocks, twice the parts": change(stages=3, blocks_per_multiprocessor=4, registers=168),
-        "3 blocks": change(stages=2, blocks_per_multiprocessor=3, registers=104),
-        "columns 64, 2 blocks": change(block_columns=64, stages=5, blocks_per_multiprocessor=2, registers=168),
-        "columns 64, 3 blocks": change(block_columns=64, stages=3, blocks_per_multiprocessor=3, registers=104),
-        "4 parts": change(parts=4),
-        "8 parts": change(parts=8),
-        "depth 256, stages 3": change(block_depth=256, stages=3),
-    }
+def skinny_configs(rows: int) -> dict[str, Config]:
+    """Of the kernel on e4m3 matrices: the default and its neighbours."""
+    one = (
+        (8, 512, 4, 4, 1), (16, 256, 4, 4, 1), (32, 256, 3, 4, 1), (16, 512, 3, 8, 1), (8, 1024, 3, 4, 1),
+        (16, 512, 3, 4, 4),
+    )  # fmt: skip
+    more = ((64, 128, 3, 4, 4), (64, 256, 3, 4, 2), (128, 128, 3, 4, 2), (32, 256, 3, 4, 4))
+    found = {"default": ONE_ROW if rows == 1 else MORE_ROWS}
+    for columns, depth, stages, warps, blocks in one if rows == 1 else more:
+        name = f"{columns} x {depth}, {stages} stages, {warps} warps, {blocks} blocks"
+        found[name] = Config(columns, depth, stages, warps, blocks)
+    return found
+
+
+def skinny_of(config: Config | None, implementation: str | None) -> Callable[..., tuple[jax.Array, ...]]:
+    """``skinny_matmul`` of (rows, stacks, layer) by name, or its Triton kernel with tiles of one's own."""
+    if config is None:
+        return functools.partial(skinny_matmul, implementation=implementation)
+    return lambda x, stacks, layer: triton(make_call(x, stacks, layer, None, None), config)
+
+
+def skinny_error(stacks: list[jax.Array], x: jax.Array, config: Config | None, implementation: str | None) -> float:
+    """The largest distance of a product of the last layer to the reference in float32."""
+    last = jnp.int32(stacks[0].shape[0] - 1)
+    got, want = (
+        jax.jit(run)(x, stacks, last) for run in (skinny_of(config, implementation), skinny_of(None, "reference"))
+    )
+    return max(distance(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
 def skinny(
@@ -224,10 +237,7 @@ def skinny(
     """A program that multiplies ``x`` with the matrices of every layer in turn, each product waiting for the last."""
 
     def one(x: jax.Array, layer: jax.Array, stacks: list[jax.Array]) -> tuple[jax.Array, None]:
-        if config is not None:
-            out = mosaic_gpu(make_call(x, stacks, layer, None, None), config)
-        else:
-            out = skinny_matmul(x, stacks, layer, implementation=implementation)
+        out = skinny_of(config, implementation)(x, stacks, layer)
         return x + sum(o[:, :1] for o in out).astype(x.dtype) * 0, None
 
     def run(x: jax.Array, stacks: list[jax.Array]) -> jax.Array:

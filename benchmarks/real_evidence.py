@@ -71,7 +71,7 @@ def run_command(argv: list[str]) -> int:
     parser.add_argument("--lengths", default="", help="only these")
     parser.add_argument("--count", type=int, help="samples of a task or texts of a unit at most")
     parser.add_argument("--receipt-count", type=int, default=20, help="the same for receipts and the sweep")
-    parser.add_argument("--batch-tokens", type=int, default=52 * 8192, help="of a batch: by default four samples of each RULER task at 8K")
+    parser.add_argument("--batch-tokens", type=int, default=52 * 8192, help="by default four of each task at 8K")
     parser.add_argument("--head-steps", type=int, default=1500)
     parser.add_argument("--head-hidden", type=int, default=128)
     parser.add_argument("--workers", type=int, default=3)

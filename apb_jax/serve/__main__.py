@@ -5,31 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import sys
 
 from apb_jax.command import command
 from apb_jax.errors import UserError
-from apb_jax.files import reason, shown
+from apb_jax.serve.listen import bind
 from apb_jax.serve.options import ServeConfig, parse
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; the port is taken from here on."""
-    if not host.strip():
-        raise UserError("--host is empty, which would be every address; nearest legal choice: 127.0.0.1 (or 0.0.0.0)")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind((host, port))
-        made.listen(256)
-    except (OSError, UnicodeError) as error:  # a name that is too long for DNS
-        made.close()
-        raise UserError(
-            f"--host {shown(host, 60)} --port {port}: {reason(error)}; nearest legal choice: --port 0, any free one"
-        ) from error
-    return made
 
 
 def serve(config: ServeConfig) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from types import TracebackType
 from typing import Self
@@ -12,6 +11,7 @@ import uvicorn
 
 from apb_jax.serve.app import make_app
 from apb_jax.serve.guard import Gate
+from apb_jax.serve.listen import bind
 from apb_jax.serve.service import Plan, Service
 
 
@@ -21,9 +21,7 @@ class Background:
     def __init__(self, plan: Plan, gate: Gate | None = None) -> None:
         """Returns once the model is there; raises what kept it from loading."""
         self.service = Service(plan)
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
-        sock.listen(256)
+        sock = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         config = uvicorn.Config(
             make_app(self.service, gate or Gate()), log_config=None, lifespan="off", timeout_graceful_shutdown=1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ GROUP_BYTES = 1 << 28
 def save(session: Session, folder: str | Path, beside: Mapping[str, bytes] | None = None) -> Manifest:
     """Write a session to a new folder; killed or out of space, it leaves nothing that loads.
 
-    The cache passes through the host a group of layers at a time.
+    The cache passes through the host a group of layers at a time; one is written while the next one leaves the devices.
 
     Args:
         beside: further files by name, hashed and kept with the session; ``read_beside`` reads them.
@@ -55,7 +56,7 @@ def save(session: Session, folder: str | Path, beside: Mapping[str, bytes] | Non
     require_space(folder, layers * layer_bytes)
     facts = identity(engine) | {"weights": engine.fingerprint}
     files: dict[str, FileFacts] = {}
-    with staged_folder(folder) as partial:
+    with staged_folder(folder) as partial, ThreadPoolExecutor(1) as behind:
 
         def write(name: str, tensors: dict[str, np.ndarray]) -> None:
             data = as_safetensors(tensors)
@@ -66,9 +67,14 @@ def save(session: Session, folder: str | Path, beside: Mapping[str, bytes] | Non
             files[name] = FileFacts.of(data)
             (partial / name).write_bytes(data)
         write(PROMPTS, _prompts(session, [positions for _, positions in rows]))
+        written = None
         for first in range(0, layers, group):
             for request, tensors in enumerate(_group(cache, [at for at, _ in rows], first, min(group, layers - first))):
-                write(kv_file(request, first), tensors)
+                if written is not None:
+                    written.result()
+                written = behind.submit(write, kv_file(request, first), tensors)
+        if written is not None:
+            written.result()
         manifest = Manifest(
             format=FORMAT,
             saved=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -104,5 +110,12 @@ def _group(cache: AnyCache | HostCache, rows: list[np.ndarray], first: int, coun
     for layer in range(first, first + count):
         for name, whole in cache.on_host(layer).items():
             for b, at in enumerate(rows):
-                out[b][f"{layer}.{name}"] = whole[b, at]
+                out[b][f"{layer}.{name}"] = _taken(whole[b], at)
     return out
+
+
+def _taken(whole: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The rows ``at`` of ``whole``, which are not copied where they follow each other."""
+    if len(at) and at[-1] - at[0] + 1 == len(at) and (np.diff(at) == 1).all():
+        return whole[at[0] : at[-1] + 1]
+    return whole[at]

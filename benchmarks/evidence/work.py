@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.evidence.samples import Sample, read_samples
 from benchmarks.evidence.units import Unit, Wanted, units
 
+
 @dataclass(frozen=True)
 class Run:
     """What a worker is told."""
@@ -37,8 +38,7 @@ class Run:
     claims: Path
 
     def units(self) -> Iterator[Unit]:
-        for unit in units(self.wanted, self.opening):
-            yield unit
+        yield from units(self.wanted, self.opening)
 
 
 def start(run: Run, workers: int) -> int:

@@ -6,12 +6,14 @@ import jax
 
 from pallas_kernels.dispatch import Implementation, accepts_all, choose
 from pallas_kernels.skinny_matmul import mosaic_gpu as mosaic_backend
+from pallas_kernels.skinny_matmul import triton as triton_backend
 from pallas_kernels.skinny_matmul.call import Share, make_call
 from pallas_kernels.skinny_matmul.reference import reference
 from pallas_kernels.skinny_matmul.xla import xla
 
 IMPLEMENTATIONS = (
     Implementation("mosaic_gpu", mosaic_backend.mosaic_gpu, mosaic_backend.refuse),
+    Implementation("triton", triton_backend.triton, triton_backend.refuse),
     Implementation("xla", xla, accepts_all),
     Implementation("reference", reference, accepts_all, automatic=False),
 )
@@ -31,8 +33,7 @@ def skinny_matmul(
     Args:
       x: [R, I], few rows: one for each request of a decoding step.
       stacks: each [L, I', O'], the same matrix of all layers, in the dtype of x; they may differ in O'. Or all in
-        e4m3 and output-major, [L, O', I']: x is then multiplied as its rows are quantised, and the caller multiplies
-        the results by the matrices' scales.
+        e4m3 and output-major, [L, O', I'], whose scales the caller multiplies the results by; x is not rounded.
       layer: int32 scalar.
       row_share, column_share: (index, count) for the ``index``-th of ``count`` equal parts of each matrix's rows or
         columns; the index is an int32 scalar, the count static. I is I' / count of ``row_share``.

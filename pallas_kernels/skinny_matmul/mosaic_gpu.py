@@ -3,9 +3,6 @@
 A block of threads owns 128 columns and one part of the depth: a memory warpgroup streams tiles of its matrix through
 shared memory, a compute warpgroup multiplies them with the rows on the tensor cores (64 rows high; rows that do not
 exist are not loaded, and what stands there reaches only rows of the result that are not stored). XLA adds the parts.
-
-Matrices in e4m3 lie output-major, as 8-bit wgmma wants them, so that a tile is 128 columns of 128 bytes of depth; the
-rows are quantised by XLA, and their scale multiplies the sum of the parts.
 """
 
 import dataclasses
@@ -17,9 +14,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import array_type, transpose_smem
+from pallas_kernels.compat import array_type
 from pallas_kernels.device import Device, refuse_unless_hopper
-from pallas_kernels.float8 import FP8, quantise
 from pallas_kernels.skinny_matmul.call import MatmulCall
 
 TILE_ROWS = 64  # the height of one wgmma
@@ -41,20 +37,17 @@ class Config:
     """Into how many the depth is cut; None: as many as the blocks of threads that run at once allow."""
 
 
-FP8_CONFIG = Config(block_depth=128)
-
-
 def refuse(call: MatmulCall, device: Device) -> str | None:
     """Why the kernel cannot serve the call on the device, or None if it can."""
     if reason := refuse_unless_hopper(device):
         return reason
+    if call.fp8:
+        return "multiplies matrices in the dtype of x, these are in e4m3"
     if call.x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, x has {call.x.dtype}"
     if call.x.shape[0] > TILE_ROWS:
         return f"takes up to {TILE_ROWS} rows, there are {call.x.shape[0]}"
     sizes = call.x.shape[1], *call.columns
-    if call.fp8 and sizes[0] % FP8_CONFIG.block_depth:
-        return f"needs e4m3 matrices, or shares of them, whose rows {FP8_CONFIG.block_depth} divides, not {sizes[0]}"
     if any(size % TILE_COLUMNS for size in sizes):
         wrong = f"{sizes[0]} rows and {' and '.join(map(str, sizes[1:]))} columns"
         return f"needs matrices, or shares of them, whose sizes {TILE_COLUMNS} divides, not {wrong}"
@@ -62,8 +55,7 @@ def refuse(call: MatmulCall, device: Device) -> str | None:
 
 
 def _kernel(x_ref, stack_refs, place, out_ref, scratch, *, config, columns):
-    """One block of threads; ``columns``: of each stack's share. Matrices of 8 bits are output-major."""
-    output_major = x_ref.dtype == FP8
+    """One block of threads; ``columns``: of each stack's share."""
     (x_smem, w_smem, out_smem), (x_ready, w_ready), free = scratch
     tile, part = lax.axis_index("tiles"), lax.axis_index("parts")
     me = lax.axis_index("groups")
@@ -88,8 +80,7 @@ def _kernel(x_ref, stack_refs, place, out_ref, scratch, *, config, columns):
                 slot = stage(step)
                 plgpu.barrier_wait(x_ready.at[slot])
                 plgpu.barrier_wait(w_ready.at[slot])
-                w = w_smem.at[slot]
-                plgpu.wgmma(acc_ref, x_smem.at[slot], transpose_smem(w) if output_major else w)
+                plgpu.wgmma(acc_ref, x_smem.at[slot], w_smem.at[slot])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot])
 
@@ -118,8 +109,7 @@ def _kernel(x_ref, stack_refs, place, out_ref, scratch, *, config, columns):
                     slot = stage(step)
                     pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                     here = (first + step) * step_depth
-                    sides = pl.ds(row_share * depth + here, step_depth), pl.ds(column, width)
-                    window = layer, *(sides[::-1] if output_major else sides)
+                    window = layer, pl.ds(row_share * depth + here, step_depth), pl.ds(column, width)
                     plgpu.copy_gmem_to_smem(stack_ref.at[window], w_smem.at[slot], w_ready.at[slot])
                     window = pl.ds(0, rows), pl.ds(here, step_depth)
                     plgpu.copy_gmem_to_smem(x_ref.at[window], x_smem.at[slot, pl.ds(0, rows)], x_ready.at[slot])
@@ -129,20 +119,18 @@ def _kernel(x_ref, stack_refs, place, out_ref, scratch, *, config, columns):
 
 def mosaic_gpu(call: MatmulCall, config: Config | None = None) -> tuple[jax.Array, ...]:
     """For each stack float32 [R, columns]."""
-    config = config or (FP8_CONFIG if call.fp8 else Config())
+    config = config or Config()
     rows, depth = call.x.shape
-    x, scale = quantise(call.x) if call.fp8 else (call.x, 1)
-    x = jnp.pad(x, ((0, -rows % 8), (0, 0)))
+    x = jnp.pad(call.x, ((0, -rows % 8), (0, 0)))
     tiles = [-(-own // config.block_columns) for own in call.columns]
     steps = -(-depth // config.block_depth)
     wanted = MULTIPROCESSORS * config.blocks_per_multiprocessor // sum(tiles)
     parts = config.parts or max(1, min(wanted, steps // config.stages))
     tiled = (plgpu.TilingTransform((8, 128 // x.dtype.itemsize)), plgpu.SwizzleTransform(128))
-    tile = (config.block_depth, config.block_columns)
     tiled32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
     arrays = (
         plgpu.SMEM((config.stages, TILE_ROWS, config.block_depth), x.dtype, transforms=tiled),
-        plgpu.SMEM((config.stages, *(tile[::-1] if call.fp8 else tile)), x.dtype, transforms=tiled),
+        plgpu.SMEM((config.stages, config.block_depth, config.block_columns), x.dtype, transforms=tiled),
         plgpu.SMEM((TILE_ROWS, config.block_columns), jnp.float32, transforms=tiled32),
     )
     barriers = plgpu.Barrier(num_barriers=config.stages)
@@ -166,6 +154,5 @@ def mosaic_gpu(call: MatmulCall, config: Config | None = None) -> tuple[jax.Arra
     )(x, *call.stacks, call.place)
     starts = [first * config.block_columns for first in accumulate(tiles, initial=0)]
     return tuple(
-        partial[:, :rows, start : start + own].sum(axis=0) * scale
-        for start, own in zip(starts, call.columns, strict=False)
+        partial[:, :rows, start : start + own].sum(axis=0) for start, own in zip(starts, call.columns, strict=False)
     )

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
-from pallas_kernels.float8 import product, quantise
 from pallas_kernels.skinny_matmul.call import MatmulCall
 
 
@@ -24,8 +23,11 @@ def xla(call: MatmulCall) -> tuple[jax.Array, ...]:
 
 
 def _fp8(call: MatmulCall) -> tuple[jax.Array, ...]:
-    values, scale = quantise(call.x)
     if call.x.shape[0] == 1 and device.current().platform == "gpu":
-        wide = values.astype(jnp.float32)
-        return tuple(jnp.sum(wide * m.astype(jnp.float32), axis=1)[None] * scale for m in call.matrices())
-    return tuple(product(values, matrix, jnp.float32) * scale for matrix in call.matrices())
+        wide = call.x.astype(jnp.float32)
+        return tuple(jnp.sum(wide * matrix.astype(jnp.float32), axis=1)[None] for matrix in call.matrices())
+    precision = "highest" if call.x.dtype == jnp.float32 else None
+    return tuple(
+        jnp.matmul(call.x, matrix.astype(call.x.dtype).T, precision=precision, preferred_element_type=jnp.float32)
+        for matrix in call.matrices()
+    )

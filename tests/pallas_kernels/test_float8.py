@@ -103,11 +103,10 @@ def test_skinny_products_of_e4m3_matrices(implementation: str, share: str) -> No
     stacks, scales = zip(*(quantise(jnp.asarray(w)) for w in wide), strict=True)
     shares = {} if share == "none" else {f"{share.removesuffix('s')}_share": (jnp.int32(index), 2)}
     got = skinny_matmul(x, stacks, jnp.int32(layer), implementation=implementation, **shares)
-    rounded = np.asarray(dequantise(*quantise(x)))
     for out, stack, width in zip(got, stacks, (32, 48), strict=True):
         matrix = np.asarray(stack[layer], np.float32)
         matrix = matrix[:, 64:] if share == "rows" else matrix[width // 2 :] if share == "columns" else matrix
-        np.testing.assert_allclose(np.asarray(out), rounded @ matrix.T, rtol=2e-5, atol=1e-3)
+        np.testing.assert_allclose(np.asarray(out), np.asarray(x) @ matrix.T, rtol=2e-5, atol=1e-3)
     assert scales[0].shape == (2, 32, 1)
 
 
@@ -174,7 +173,7 @@ def test_layers_multiply_in_8_bits_on_gpus(rows: int) -> None:
     model = small_model(fp8=True)
     _, _, text = model.program(rows, in_place=False, options=CUBLAS_ONLY)
     facts = hlo_facts(text, model.facts)
-    assert facts.f8_calls >= 7, facts
+    assert 4 <= facts.f8_calls <= 7, facts  # XLA joins small products of the same rows: q, k, v, and gate, up
     assert (facts.other_products, facts.f8_transposes, facts.wide_weights) == (0, 0, 0), facts
 
 
@@ -182,10 +181,10 @@ def test_layers_multiply_in_8_bits_on_gpus(rows: int) -> None:
 @HOPPER_OR_ADA
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_skinny_products_on_hopper(rows: int) -> None:
-    """The Mosaic kernel against the reference, each with the rows quantised once."""
+    """The Triton kernel against the reference: rows in bfloat16, matrices in e4m3, sums in float32."""
     x = jnp.asarray(normal(rows, 4096)).astype(jnp.bfloat16)
     stacks = [quantise(jnp.asarray(normal(2, n, 4096, seed=n)))[0] for n in (1024, 320)]
-    run = {name: jax.jit(functools.partial(skinny_matmul, implementation=name)) for name in ("mosaic_gpu", "reference")}
+    run = {name: jax.jit(functools.partial(skinny_matmul, implementation=name)) for name in ("triton", "reference")}
     for got, want in zip(*(one(x, stacks, jnp.int32(1)) for one in run.values()), strict=True):
         assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 2e-3
 

@@ -131,21 +131,6 @@ def test_skinny_matmul(rows, depth, widths, dtype):
 
 @lowered_only
 @pytest.mark.kernel
-@pytest.mark.parametrize(("rows", "depth", "widths"), [(1, 4096, (1024, 256)), (3, 128, (64,)), (64, 256, (640,))])
-def test_skinny_matmul_of_e4m3_matrices(rows, depth, widths):
-    def run(x, stacks, layer):
-        return skinny_matmul(x, stacks, layer, column_share=(layer, 1), implementation="mosaic_gpu")
-
-    x = jax.ShapeDtypeStruct((rows, depth), jnp.bfloat16)
-    stacks = [jax.ShapeDtypeStruct((2, n, depth), jnp.float8_e4m3fn) for n in widths]
-    text = lower(run, x, stacks, jax.ShapeDtypeStruct((), jnp.int32))
-    assert "mosaic_gpu" in text
-    assert "stablehlo.dynamic_slice" not in text
-    assert "stablehlo.transpose" not in text
-
-
-@lowered_only
-@pytest.mark.kernel
 def test_triton_kernels_compile_to_machine_code():
     """For compute capability 8.0 and 9.0, ptxas included, in a process without Triton's interpreter."""
     pytest.importorskip("triton", reason="compiles with Triton, which is not installed")
@@ -160,10 +145,10 @@ def test_triton_kernels_compile_to_machine_code():
     )
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout)
-    names = {"flash_attention_rows", "block_sparse_attention", "decode_8bit"}
+    every = {"flash_attention_rows", "block_sparse_attention", "decode_8bit"}
     for capability, target, shared in ((80, "sm_80", 99 * 1024), (90, "sm_90a", 227 * 1024)):
         mine = [kernel for kernel in kernels if kernel["capability"] == capability]
-        assert {kernel["kernel"] for kernel in mine} == names
+        assert {kernel["kernel"] for kernel in mine} == every | ({"skinny_e4m3"} if capability >= 89 else set())
         for kernel in mine:
             assert target in kernel["target"]
             assert kernel["machine_code_bytes"] > 0

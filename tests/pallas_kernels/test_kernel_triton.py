@@ -20,6 +20,10 @@ from pallas_kernels.decode_attention.call import make_call as decode_call
 from pallas_kernels.flash_attention import RowSegment
 from pallas_kernels.flash_attention import triton as flash_triton
 from pallas_kernels.flash_attention.call import make_call
+from pallas_kernels.float8 import FP8
+from pallas_kernels.skinny_matmul import skinny_matmul
+from pallas_kernels.skinny_matmul import triton as skinny_triton
+from pallas_kernels.skinny_matmul.call import make_call as skinny_call
 
 pytest.importorskip("triton", reason="the Triton kernels run in Triton's interpreter, and triton is not installed")
 pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="on a GPU the kernels run on it")
@@ -108,6 +112,26 @@ def test_mapped_decoding_reads_its_own_stack():
         want = decode_attention(own, keys, values, length, layer=number, implementation="reference")
         assert error(got[0][at], want[0]) <= 1e-3
         assert error(got[1][at], want[1]) <= 1e-4
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("share", ["none", "rows", "columns"])
+def test_skinny_products_of_e4m3_matrices(rows, share):
+    """Up to three widths that no tile divides, a depth cut into parts with a rest, the last of two layers."""
+    rng = np.random.default_rng(8)
+    depth, widths = 1090, (72, 20, 8)
+    x = jnp.asarray(rng.standard_normal((rows, depth)), jnp.float16)
+    inner = depth * 2 if share == "rows" else depth
+    stacks = [jnp.asarray(rng.standard_normal((2, n, inner)), jnp.float32).astype(FP8) for n in widths]
+    second = (jnp.int32(1), 2)
+    shares = {"row_share": second if share == "rows" else None, "column_share": second if share == "columns" else None}
+    for used in (stacks, stacks[:1]):
+        got = skinny_triton.triton(skinny_call(x, used, jnp.int32(1), **shares))
+        want = skinny_matmul(x, used, jnp.int32(1), **shares, implementation="reference")
+        for ours, theirs in zip(got, want, strict=True):
+            assert ours.shape == theirs.shape
+            assert error(ours, theirs) <= 1e-5
 
 
 def test_mapped_calls_are_one_launch():

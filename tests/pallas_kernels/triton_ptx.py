@@ -25,6 +25,8 @@ from pallas_kernels.decode_attention.call import make_call as decode_call
 from pallas_kernels.flash_attention import RowSegment
 from pallas_kernels.flash_attention import triton as flash_triton
 from pallas_kernels.flash_attention.call import make_call as flash_call
+from pallas_kernels.skinny_matmul import triton as skinny_triton
+from pallas_kernels.skinny_matmul.call import make_call as skinny_call
 
 TYPES = {
     "float16": "*fp16",
@@ -74,6 +76,10 @@ def decode(q, k, v, k_scale, v_scale, lengths, offset, layer):
     return decode_triton.triton(decode_call(q, *codes, lengths, offset, None, layer))
 
 
+def skinny(x, layer, *stacks):
+    return skinny_triton.triton(skinny_call(x, stacks, layer, None, None))
+
+
 def cases(capability: int):
     """(function, shapes of its arguments) at the sizes of a prefill: the most registers and shared memory."""
     kv = tuple(array(1, length, 2, 128) for length in (70, 130, 200))
@@ -94,6 +100,11 @@ def cases(capability: int):
             stack, scale = array(2, 1, 4096, 8, 128, dtype=code), array(2, 1, 4096, 8, dtype=jnp.float32)
             bound, layer = array(1, dtype=jnp.int32), array(dtype=jnp.int32)
             yield decode, array(1, rows, 32, 128), stack, stack, scale, scale, bound, bound, layer
+
+    if capability >= 89:
+        for rows in (1, 2, 64):
+            stacks = [array(2, outputs, 4096, dtype=jnp.float8_e4m3fn) for outputs in (4096, 1024, 1024)]
+            yield skinny, array(rows, 4096), array(dtype=jnp.int32), *stacks
 
 
 def main() -> None:

@@ -54,6 +54,14 @@ def test_it_says_ready_serves_and_finishes_running_answers(number: int) -> None:
         process.kill()
 
 
+def test_a_reply_is_not_held_back_for_an_acknowledgement(http: httpx.Client, server: Any) -> None:
+    """Head and body are two packets: under Nagle's algorithm the second waits 40 ms for the client's answer."""
+    assert http.get("/health").status_code == 200
+    (connection, *_) = server._server.server_state.connections
+    taken = connection.transport.get_extra_info("socket")
+    assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_health_is_503_while_the_model_loads() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
