@@ -159,6 +159,10 @@ class Programs:
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate)
 
+    def options_of(self, name: str) -> dict[str, Any] | None:
+        """A decoding step multiplies in 8 bits in kernels of ours alone; its head would be copied in float32."""
+        return None if name == "decode" else self.compiler_options
+
     def key(self, name: str, static: Any, args: tuple[Any, ...]) -> Any:
         """What a program is kept under; ``args`` may be ``jax.ShapeDtypeStruct``s."""
         shapes = tuple((x.shape, x.dtype.name) for x in jax.tree.leaves(args))
@@ -173,7 +177,7 @@ class Programs:
         if key not in self.compiled and key not in self.begun:
             if self.pool is None:
                 self.pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="compile")
-            self.begun[key] = self.pool.submit(compiled, make, args, self.compiler_options)
+            self.begun[key] = self.pool.submit(compiled, make, args, self.options_of(name))
 
     def call(self, name: str, static: Any, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """Run program ``name``; compile it first where these static settings and shapes are new."""
@@ -182,7 +186,7 @@ class Programs:
             if self.on_compile:
                 self.on_compile(name)
             begun = self.begun.pop(key, None)
-            self.keep(key, (lambda: compiled(make, args, self.compiler_options)) if begun is None else begun.result)
+            self.keep(key, (lambda: compiled(make, args, self.options_of(name))) if begun is None else begun.result)
         self.compiled.move_to_end(key)
         self.largest = max(self.largest, self.sizes[key])
         return self.compiled[key](*args)

@@ -77,6 +77,7 @@ def triton(call: MatmulCall, config: Config | None = None) -> tuple[jax.Array, .
             "PARTS": parts,
             "BLOCK": config.columns,
             "STEP": config.depth,
+            "STAGES": config.stages,
             "TILE": max(16, 1 << (rows - 1).bit_length()),
         },
     )
