@@ -204,10 +204,10 @@ def read_ceiling(count: int) -> float:
 def skinny_configs(rows: int) -> dict[str, Config]:
     """Of the kernel on e4m3 matrices: the default and its neighbours."""
     one = (
-        (8, 512, 4, 4, 1), (16, 256, 4, 4, 1), (32, 256, 3, 4, 1), (16, 512, 3, 8, 1), (8, 1024, 3, 4, 1),
+        (16, 512, 3, 4, 1), (16, 256, 4, 4, 1), (32, 256, 3, 4, 1), (16, 512, 3, 8, 1), (8, 1024, 3, 4, 1),
         (16, 512, 3, 4, 4),
     )  # fmt: skip
-    more = ((64, 128, 3, 4, 4), (64, 256, 3, 4, 2), (128, 128, 3, 4, 2), (32, 256, 3, 4, 4))
+    more = ((64, 128, 4, 4, 2), (64, 128, 3, 4, 4), (64, 256, 3, 4, 2), (32, 256, 3, 4, 4))
     found = {"default": ONE_ROW if rows == 1 else MORE_ROWS}
     for columns, depth, stages, warps, blocks in one if rows == 1 else more:
         name = f"{columns} x {depth}, {stages} stages, {warps} warps, {blocks} blocks"

@@ -101,8 +101,9 @@ def _ruler(rows: Sequence[Row], folder: Path, out: Path) -> str:
     means = [r for r in own if r["task"] == "mean"]
     if not means:
         return ""
-    metrics = pictures.ruler_metrics(own)
-    counts = sorted({r["n"] for r in own if r["task"] != "mean"})
+    drawn = pictures.enough(own)
+    metrics = pictures.ruler_metrics(drawn)
+    counts = sorted({r["n"] for r in drawn if r["task"] != "mean"})
     note = (
         f"SmolLM2-135M-Instruct, 13 tasks, {counts[0]} to {counts[-1]} samples a cell, bands: 95% interval of the mean"
     )
@@ -220,7 +221,7 @@ def _receipts(rows: Sequence[Row], folder: Path, out: Path) -> str:
         for r in sorted(each, key=lambda r: (METHODS.index(r["method"]), r["length"]))
     ]  # fmt: skip
     head = ["method", "length", "receipts", "KL", "KL, answer", "top-1, answer", "lost", *(f"AUC {s}" for s in SHOWN)]
-    bins = {m: pooled[m]["bins"] for m in METHODS if m in pooled and pooled[m]["lost"]}
+    shown = {m: pooled[m] for m in METHODS if m in pooled and 0 < pooled[m]["lost"] < pooled[m]["n"]}
     parts = [
         "## Does a receipt tell a lost answer?",
         "A receipt compares a method's logits with full attention's over the rows of the question and of full\n"
@@ -233,14 +234,25 @@ def _receipts(rows: Sequence[Row], folder: Path, out: Path) -> str:
     if both and both["auc"]:
         best = max(both["auc"], key=lambda name: both["auc"][name][0])
         parts.append(
-            f"All methods together ({both['lost']} of {both['n']} lost): the best signal is `{best}`, AUC "
+            f"All methods that keep some ({both['lost']} of {both['n']} lost): the best signal is `{best}`, AUC "
             f"{both['auc'][best][0]:.2f} ± {1.96 * both['auc'][best][1]:.2f}, rank correlation "
             f"{both['correlation'][best]:.2f}; `kl` over question and answer has {both['auc']['kl'][0]:.2f}."
         )
-    if bins:
-        note = "SmolLM2-135M-Instruct, RULER at 4K and 8K"
-        path = pictures.receipts(bins, pictures.sheet("Lost answers over KL", note, folder / "real_receipts.png"))
-        parts.append(_picture(path, out, "answers lost over KL"))
+        same, others = both["by_top1"][-1], both["by_top1"][:-1]
+        if same[0] == 1.0 and others:
+            lost, count = sum(round(share * n) for _, share, n in others), sum(n for *_, n in others)
+            parts.append(
+                f"In plain words: where all top tokens of the answer agree, {round(same[1] * same[2])} of {same[2]} "
+                f"answers are lost ({100 * same[1]:.0f}%); where one or more differ, {lost} of {count} "
+                f"({100 * lost / count:.0f}%)."
+            )
+    if shown:
+        lengths = " and ".join(length_name(n) for n in sorted({r["length"] for r in each}))
+        note = f"SmolLM2-135M-Instruct, RULER at {lengths}; a method that loses every answer is left out"
+        path = pictures.receipts(
+            shown, pictures.sheet("Lost answers over the receipt", note, folder / "real_receipts.png")
+        )
+        parts.append(_picture(path, out, "answers lost over the receipt's KL and over its top-1 agreement"))
     return "\n\n".join(parts)
 
 

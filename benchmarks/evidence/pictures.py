@@ -13,6 +13,15 @@ from evals import plots
 
 Row = dict[str, Any]
 STYLES = {method: number for number, method in enumerate(METHODS)}
+LEAST_SAMPLES = 5
+"""Of a point of the receipts' picture."""
+
+
+def enough(rows: Sequence[Row]) -> list[Row]:
+    """RULER's rows without the lengths of a method whose cells hold less than half of the most samples of a cell."""
+    most = max((r["n"] for r in rows if r["task"] != "mean"), default=0)
+    known = {(r["method"], r["length"]) for r in rows if r["task"] != "mean" and 2 * r["n"] >= most}
+    return [r for r in rows if (r["method"], r["length"]) in known]
 
 
 def sheet(title: str, note: str, path: Path) -> plots.Sheet:
@@ -69,20 +78,24 @@ def sweep(rows: Sequence[Row], full: Row | None, target: plots.Sheet) -> Path:
     return plots._save(plt, figure, target)
 
 
-def receipts(bins: Mapping[str, Sequence[Sequence[float]]], target: plots.Sheet) -> Path:
-    """Share of answers lost over the receipt's KL, a line a method."""
+def receipts(pooled: Mapping[str, Row], target: plots.Sheet) -> Path:
+    """Share of answers lost over the receipt's KL and over its top-1 agreement, a line a method."""
     plt = plots._pyplot()
-    figure, axis = plt.subplots(figsize=(9, 5))
-    ends = []
-    for method, points in bins.items():
-        x, y = np.array([[max(kl, 1e-6), 100 * lost] for kl, lost, _ in points]).T
-        ends.append(plots._line(axis, STYLES[method], x, y, method))
-    axis.set_xscale("log")
-    axis.set_ylim(0, 104)
-    axis.set_xlabel("KL(full || method) over question and answer, nats (bins of equally many samples)")
-    axis.set_ylabel("answers lost (%)")
-    plots._end_labels(axis, ends)
-    axis.set_title(target.title)
+    figure, axes = plt.subplots(1, 2, figsize=(17, 5), layout="constrained")
+    for axis, column in zip(axes, ("bins", "by_top1"), strict=True):
+        ends = []
+        least = min(LEAST_SAMPLES, max(n for row in pooled.values() for *_, n in row[column]))
+        for method, row in pooled.items():
+            x, y = np.array([[signal, lost] for signal, lost, n in row[column] if n >= least]).T
+            x, y = (np.maximum(x, 1e-6), y) if column == "bins" else (100 * (1 - x[::-1]), y[::-1])
+            ends.append(plots._line(axis, STYLES[method], x, 100 * y, method))
+        axis.set_ylim(0, 104)
+        axis.set_ylabel("answers lost (%)")
+        plots._end_labels(axis, ends)
+    axes[0].set_xscale("log")
+    axes[0].set_xlabel("KL(full || method) over question and answer, nats (bins of equally many samples)")
+    axes[1].set_xlabel("rows of the answer whose top token differs (%)")
+    figure.suptitle(target.title, x=0.01, ha="left", fontsize=16, fontweight="bold")
     return plots._save(plt, figure, target)
 
 

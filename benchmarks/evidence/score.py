@@ -241,9 +241,17 @@ def _receipts(receipts: dict[str, list[tuple[dict[str, float], float, float]]]) 
         means = {name: round(float(np.mean([row[name] for row, _, _ in found])), 5) for name in SIGNALS}
         yield {**place, "mean": means, **_prediction(known)}
         pooled[method] += known
-        pooled["all"] += known
+        if 0 < sum(bad for _, bad in known) < len(known):  # a method that loses everything tells nothing
+            pooled["all"] += known
     for method, known in pooled.items():
-        yield {"section": "receipts", "method": method, "length": "all", **_prediction(known), "bins": _bins(known)}
+        yield {
+            "section": "receipts",
+            "method": method,
+            "length": "all",
+            **_prediction(known),
+            "bins": _bins(known),
+            "by_top1": _by_top1(known),
+        }
 
 
 def _prediction(known: list[tuple[dict[str, float], bool]]) -> dict[str, Any]:
@@ -271,6 +279,21 @@ def _ranks(x: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
+
+
+TOP1_EDGES = (0.8, 0.9, 0.95, 1.0)
+"""Bins of the agreement over the answer: below the first, between two, all of it."""
+
+
+def _by_top1(known: list[tuple[dict[str, float], bool]]) -> list[list[float]]:
+    """[mean agreement, share lost, samples] of every bin that holds any."""
+    bins: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    for row, bad in known:
+        bins[int(np.searchsorted(TOP1_EDGES, row["top1_answer"], side="right"))].append((row["top1_answer"], bad))
+    return [
+        [round(float(np.mean([one[i] for one in rows])), 4) for i in (0, 1)] + [len(rows)]
+        for _, rows in sorted(bins.items())
+    ]
 
 
 def _bins(known: list[tuple[dict[str, float], bool]], count: int = 8) -> list[list[float]]:

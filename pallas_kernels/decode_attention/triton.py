@@ -28,6 +28,11 @@ class Config:
     blocks_per_multiprocessor: int = 2
 
 
+LONG = Config(block_keys=128, stages=3)
+LONG_KEYS = 32768
+"""From so many e4m3 keys on ``LONG`` is taken: measured at 8K and 128K, not between them."""
+
+
 def refuse(call: DecodeCall, device: Device) -> str | None:
     """Why the kernel cannot serve the call on the device, or None if it can."""
     if not call.quantised:
@@ -48,7 +53,7 @@ def triton(call: DecodeCall, config: Config | None = None) -> tuple[jax.Array, j
 
     assert call.k_scale is not None
     assert call.v_scale is not None
-    config = config or Config()
+    config = config or (LONG if call.keys >= LONG_KEYS and call.k.dtype != jnp.int8 else Config())
     batch, rows, heads, dim = call.q.shape
     keys, kv_heads = call.keys, call.kv_heads
     q = packed(call.q, kv_heads).astype(jnp.float32)

@@ -22,15 +22,15 @@ MULTIPROCESSORS = 132
 class Config:
     """Columns of a block of threads, depth of a step, steps in flight, warps; blocks of threads that are wanted."""
 
-    columns: int = 16
-    depth: int = 512
-    stages: int = 3
+    columns: int
+    depth: int
+    stages: int
     warps: int = 4
     blocks_per_multiprocessor: int = 1
 
 
-ONE_ROW = Config()
-MORE_ROWS = Config(columns=64, depth=128, stages=4, blocks_per_multiprocessor=2)
+ONE_ROW = Config(columns=8, depth=512, stages=4)
+MORE_ROWS = Config(columns=128, depth=128, stages=3, blocks_per_multiprocessor=2)
 
 
 def refuse(call: MatmulCall, device: Device) -> str | None:
@@ -77,7 +77,6 @@ def triton(call: MatmulCall, config: Config | None = None) -> tuple[jax.Array, .
             "PARTS": parts,
             "BLOCK": config.columns,
             "STEP": config.depth,
-            "STAGES": config.stages,
             "TILE": max(16, 1 << (rows - 1).bit_length()),
         },
     )

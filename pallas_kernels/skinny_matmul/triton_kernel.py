@@ -4,17 +4,12 @@ import triton
 import triton.language as tl
 
 
-UP: tl.constexpr = tl.constexpr(2.0**60)
-MASK: tl.constexpr = tl.constexpr(-0x78100000)
-
-
 @triton.jit
 def skinny_e4m3(
     x_ptr, w_0, w_1, w_2, place, out_ptr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, ROW_SHARES: tl.constexpr, COLUMN_SHARES: tl.constexpr,
     OWN_0: tl.constexpr, OWN_1: tl.constexpr, OWN_2: tl.constexpr, TILES_0: tl.constexpr, TILES_1: tl.constexpr,
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs: (tile of BLOCK columns of one of three matrices, part of the depth).
 
@@ -41,24 +36,18 @@ def skinny_e4m3(
     even: tl.constexpr = DEPTH % STEP == 0
     corner = (part * ROWS).to(tl.int64) * COLUMNS + tile * BLOCK + tl.arange(0, BLOCK)
     if ROWS == 1:
-        # Four codes of 8 bits in 32: shifted to where float32 has sign, exponent and mantissa they are their values times
-        # 2**-120. That takes integer units, of which there are more than of those that convert.
-        w_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        four = tl.arange(0, STEP // 4)
-        sums = tl.zeros((BLOCK, STEP // 4), tl.float32)
-        for at in tl.range(begin, end, STEP, num_stages=STAGES):
-            here = at + 4 * four
+        sums = tl.zeros((BLOCK, STEP), tl.float32)
+        for at in range(begin, end, STEP):
+            here = at + inner
             there = exists[:, None] if even else exists[:, None] & (here < DEPTH)[None, :]
-            codes = tl.load(w_ptr + (at // 4 + four)[None, :], mask=there, other=0)
-            for i in tl.static_range(4):
-                x = tl.load(x_ptr + here + i) if even else tl.load(x_ptr + here + i, mask=here < DEPTH, other=0.0)
-                w = (((codes << (24 - 8 * i)) >> 4) & MASK).to(tl.float32, bitcast=True)
-                sums += w * (x.to(tl.float32) * UP)[None, :]
-        tl.store(out_ptr + corner, tl.sum(sums, axis=1) * UP)
+            x = tl.load(x_ptr + here) if even else tl.load(x_ptr + here, mask=here < DEPTH, other=0.0)
+            w = tl.load(w_ptr + here[None, :], mask=there, other=0.0)
+            sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
+        tl.store(out_ptr + corner, tl.sum(sums, axis=1))
     else:
         one = tl.arange(0, TILE)
         total = tl.zeros((BLOCK, TILE), tl.float32)
-        for at in tl.range(begin, end, STEP, num_stages=STAGES):
+        for at in range(begin, end, STEP):
             here = at + inner
             there = exists[:, None] if even else exists[:, None] & (here < DEPTH)[None, :]
             given = (one < ROWS)[None, :] if even else (one < ROWS)[None, :] & (here < DEPTH)[:, None]
