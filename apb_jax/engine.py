@@ -76,6 +76,8 @@ class Settings:
     """In which types weights, KV and attention are held and multiplied."""
     kv_memory: str = DEVICE
     """Where the document's KV is kept: "device", or "host" (``host_kv.py``)."""
+    kv_layers: int = 0
+    """Of KV in the host's memory the layers that stay on the devices all the same."""
     answers_only: bool = False
     """Never prefill, only answer from loaded sessions: also on meshes on which the method could not prefill."""
 
@@ -87,6 +89,8 @@ class Settings:
             raise UserError(f"placement {self.placement!r} is unknown; choose one of {', '.join(ORDERS)}")
         if self.kv_memory not in PLACES:
             raise UserError(f"kv_memory {self.kv_memory!r} is unknown; choose one of {', '.join(PLACES)}")
+        if self.kv_layers < 0:
+            raise UserError(f"kv_layers is {self.kv_layers}; it must be at least 0")
 
 
 class Weights:
@@ -332,7 +336,7 @@ class Engine:
         compiled_before, started = programs.compile_s, time.perf_counter()
         steps: Iterator[tuple[int, AnyCache | HostCache | None]]
         if self.settings.kv_memory == HOST:
-            steps = host_kv.prefill(programs, method, weights, tokens, rows, empty)
+            steps = host_kv.prefill(programs, method, weights, tokens, rows, empty, self.settings.kv_layers)
         else:
             begun = programs.document_cache(*empty)
             if wanted is not None:

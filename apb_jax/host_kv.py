@@ -1,15 +1,15 @@
 """Document KV in the host's memory: written behind the prefill, streamed through the devices by every token.
 
-The devices hold a few layers of it at a time, so its length does not count against their memory. What it costs is a
-read of the whole cache over the host's link for the query and for each token of the answer; attention itself, and so
-the answer, is the same as with the cache on the devices.
+The devices hold a few layers of it at a time, so its length does not count against their memory; the first layers may
+stay on them where there is room. What it costs is a read of all others over the host's link for the query and for each
+token of the answer; attention itself, and so the answer, is the same as with the cache on the devices.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -40,15 +40,17 @@ from apb_jax.quantised_cache import AnyCache, cache_kind
 PINNED = "pinned_host"
 """JAX's name of host memory that devices copy from and to by themselves."""
 ON_DEVICE = 2
-"""Layers of KV that a device holds at most: the one in use, and one on its way."""
+"""Layers of KV on their way that a device holds at most: the one in use, and the next."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HostCache:
-    """The document's KV in pinned host memory: a cache of one layer for each layer of the model."""
+    """The document's KV: a cache of one layer for each layer of the model, all but the first in pinned host memory."""
 
     parts: tuple[AnyCache, ...] = ()
+    stay: int = field(default=0, metadata={"static": True})
+    """So many of the first layers lie on the devices."""
 
     @property
     def layers(self) -> int:
@@ -70,8 +72,8 @@ class HostCache:
         return self.parts[layer].on_host(0)
 
     def grown(self, mesh: Mesh, part: AnyCache) -> HostCache:
-        """With one more layer, which begins to be copied from the devices."""
-        return HostCache((*self.parts, moved(part, mesh, PINNED)))
+        """With one more layer, which stays on the devices or begins to be copied from them."""
+        return replace(self, parts=(*self.parts, part if self.layers < self.stay else moved(part, mesh, PINNED)))
 
 
 def moved(part: AnyCache, mesh: Mesh, memory: str) -> AnyCache:
@@ -88,12 +90,13 @@ def prefill(
     tokens: Int[Array, "B N*S"],
     rows: PrefillRows,
     empty: tuple[int, int, Any],
+    stay: int,
 ) -> Iterator[tuple[int, HostCache]]:
     """(layers done, cache so far) before the first and after every layer; a layer's copy runs behind the next one.
 
-    ``empty``: requests, rows over all shards, and dtype of a layer's cache.
+    ``empty``: requests, rows over all shards, and dtype of a layer's cache. ``stay``: as in ``HostCache``.
     """
-    kept, x = HostCache(), embed(programs, weights, tokens)
+    kept, x = HostCache(stay=stay), embed(programs, weights, tokens)
     yield 0, kept
     on_way: deque[AnyCache] = deque()
     for layer in range(programs.config.num_layers):
@@ -106,7 +109,8 @@ def prefill(
         state = programs.call(*prefill_recipe(programs, method, 1, state), (weights, state, rows, start))
         assert state.cache is not None
         x, kept = state.x, kept.grown(programs.mesh, state.cache)
-        on_way.append(state.cache)
+        if layer >= stay:
+            on_way.append(state.cache)
         jax.block_until_ready(x)
         yield layer + 1, kept
     jax.block_until_ready(kept)
@@ -166,16 +170,23 @@ class Steps:
         x = self._call(
             "embed tail", (new.tokens,), P(), lambda weights, tokens: self.programs.model(weights).embed(tokens)
         )
-        ahead = self._fetch(0)
+        parts, stay = self.cache.parts, self.cache.stay
+        ahead = self._fetch(stay)
         for layer, number in enumerate(self.numbers):
-            document = ahead
-            if layer + 1 < self.cache.layers:
-                ahead = self._fetch(layer + 1)
+            if layer < stay:
+                x, tail = self._layer(x, new, lengths, parts[layer], tail, number)
+                continue
+            document = ahead  # lets go of the layer before: no more than two are here
+            ahead = self._fetch(layer + 1)
+            assert document is not None
             x, tail = self._layer(x, new, lengths, document, tail, number)
             jax.block_until_ready(x)  # else Python would begin the copies of all layers at once
         return x, tail
 
-    def _fetch(self, layer: int) -> AnyCache:
+    def _fetch(self, layer: int) -> AnyCache | None:
+        """A layer on its way to the devices; None behind the last."""
+        if layer >= self.cache.layers:
+            return None
         return moved(self.cache.parts[layer], self.programs.mesh, DEVICE)
 
     def _layer(

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from apb_jax.errors import UserError
+from apb_jax.host_memory import free_host_memory
 from apb_jax.typed import check_value
 
 SP, TP = "sp", "tp"
@@ -50,15 +51,6 @@ def simulated_devices(model: str, sp: int | None, tp: int, shards: int | None = 
     The packaged model shows eight shards on as many devices; any other answers faster on one (its shards stay).
     """
     return (sp or sequence_devices(DEFAULT_SIMULATED if model == "tiny" else 1, shards)) * tp
-
-
-def free_host_memory() -> int | None:
-    """Bytes of the machine's memory that are free or can be freed; None where the system is silent."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
 
 
 def check_host_memory(weights_bytes: int, copies: int) -> None:

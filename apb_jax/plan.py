@@ -143,7 +143,11 @@ def show(console: Console, found: Plan) -> None:
         f"longest document that fits: {found.longest:,} tokens (positions end at {case.config.max_positions:,})"
     )
     if found.memory.host_bytes:
-        console.print(f"memory of the host: {gib(found.memory.host_bytes)} of document KV, read once a token")
+        away = case.config.num_layers - case.kv_layers
+        console.print(
+            f"memory of the host: {gib(found.memory.host_bytes)} of document KV, {away} of {case.config.num_layers} "
+            "layers, read once a token"
+        )
     if found.expected is not None:
         console.print(f"prefill: about {found.expected.seconds:.3g} s ({found.expected.basis})")
     console.print("fits" if found.fits else f"does not fit: {refusal_of(found)}")

@@ -39,6 +39,8 @@ Recipe = tuple[str, Any, Callable[[], Any]]
 """A program's name, its static settings, and how the jitted function is made."""
 COMPILERS = 8
 """Programs compiled at a time: XLA works without Python's lock."""
+ONE_TOKEN = ("decode", "next token", "query logits")
+"""Programs without a product of many rows."""
 KEPT_PROGRAMS = 128
 """Compiled programs that an engine keeps; the one used longest ago goes first."""
 
@@ -160,8 +162,8 @@ class Programs:
         return jax.jit(mapped, donate_argnums=donate)
 
     def options_of(self, name: str) -> dict[str, Any] | None:
-        """A decoding step multiplies in 8 bits in kernels of ours alone; its head would be copied in float32."""
-        return None if name == "decode" else self.compiler_options
+        """Programs of a token multiply in 8 bits in kernels of ours alone; cuBLAS would copy their head in float32."""
+        return None if name in ONE_TOKEN else self.compiler_options
 
     def key(self, name: str, static: Any, args: tuple[Any, ...]) -> Any:
         """What a program is kept under; ``args`` may be ``jax.ShapeDtypeStruct``s."""

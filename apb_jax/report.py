@@ -159,6 +159,7 @@ def describe(session: Session, answer: Answer, truth: str | None, *, alone: bool
         "dtype": engine.model.dtype.name,
         "precision": dataclasses.asdict(settings.precision),
         "kv_memory": settings.kv_memory,
+        "kv_layers_that_stay": settings.kv_layers,
         "kernels": settings.kernels.attention or "auto",
         "implementations": {op: sorted(names) for op, names in sorted(engine.programs.choices.items())},
         "slice_decode": settings.slice_decode,

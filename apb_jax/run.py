@@ -90,7 +90,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.measure.beside import Beside
     from apb_jax.measure.compare import Asking, beside, run_one, timed
     from apb_jax.measure.host_link import host_note
-    from apb_jax.measure.plan import check_memory
+    from apb_jax.measure.plan import check_memory, spread
     from apb_jax.mesh import SP, check_host_memory, make_mesh, sequence_devices
     from apb_jax.run_session import method_options, run_session
     from apb_jax.sampling import Sampler
@@ -134,6 +134,8 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     wanted = new_tokens(config, task.prompt, model.config.max_positions)
     make = Beside(engine)
     engines = [engine, *(make.of(spec, at) for spec, at in others)]  # refuses what cannot run before anything runs
+    engines = [spread(current, [task.prompt], wanted, config.gpu_memory) for current in engines]
+    engine = engines[0]
     check_precisions(config, engines)
     for current in engines:
         current.choose([task.prompt])

@@ -11,6 +11,7 @@ from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer
 from apb_jax.measure.host_link import host_note
+from apb_jax.measure.plan import spread
 from apb_jax.options import RunConfig
 from apb_jax.sampling import Sampler
 from apb_jax.task import NEW_TOKENS_ABOUT_TEXT, document_task
@@ -49,6 +50,7 @@ def run_session(config: RunConfig, text: str | None, engine: Engine, console: Co
         asked = config if config.query is not None else dataclasses.replace(config, query=UNASKED)
         task = document_task(asked, text, engine)
         engine.check_lengths([task.prompt], [task.prompt.query])
+        engine = spread(engine, [task.prompt], 0, config.gpu_memory)
         for note in filter(None, (*task.notes, host_note(engine, [task.prompt]))):
             console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
         session = engine.prefill([task.prompt])

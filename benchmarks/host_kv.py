@@ -19,7 +19,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from apb_jax.arguments import length, lengths
+from apb_jax.arguments import length, lengths, size
 from apb_jax.command import Parser, command
 from apb_jax.kv_memory import DEVICE, HOST, PLACES
 
@@ -43,6 +43,7 @@ def one(args: argparse.Namespace) -> None:
     import apb_jax
     from apb_jax.measure.host_link import bandwidth, host_note
     from apb_jax.measure.memory import Case, memory_of
+    from apb_jax.measure.plan import spread
     from apb_jax.report import versions
     from apb_jax.task import RANDOM_QUERY_TOKENS
 
@@ -52,6 +53,8 @@ def one(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
     sizes = (args.seq - RANDOM_QUERY_TOKENS - NEW_TOKENS, RANDOM_QUERY_TOKENS)
     prompt = engine.prompt(*(rng.integers(0, model.config.vocab_size, n) for n in sizes))
+    if args.stay:
+        engine = spread(engine, [prompt], NEW_TOKENS, args.stay)
     planned = memory_of(Case.of(engine), *Case.of(engine).chosen([prompt]), RANDOM_QUERY_TOKENS, NEW_TOKENS)
     host_note(engine, [prompt])  # refuses what the host does not hold
     seconds, answer = [], None
@@ -66,7 +69,8 @@ def one(args: argparse.Namespace) -> None:
     stats = [device.memory_stats() or {} for device in mesh.devices.flat]
     row = {
         "benchmark": "host_kv", "date": date.today().isoformat(), "device": jax.devices()[0].device_kind,
-        "devices": mesh.size, "model": args.model, "method": args.method, "kv": args.one, "document_tokens": sizes[0],
+        "devices": mesh.size, "model": args.model, "method": args.method, "kv": args.one,
+        "kv_layers_that_stay": engine.settings.kv_layers, "document_tokens": sizes[0],
         "prefill_s": seconds[-1], "query_s": answer.query_s, "decode_ms_per_token": answer.decode_ms_per_token,
         "peak_bytes": max(one.get("peak_bytes_in_use", 0) for one in stats),
         "planned_bytes": planned.bytes_per_device, "host_bytes": planned.host_bytes,
@@ -86,6 +90,7 @@ def main(argv: list[str]) -> int:
         "--seqs", type=lengths, default=(393216, 786432, 1048576), help="lengths that run in host memory alone"
     )
     parser.add_argument("--limit-s", type=float, default=400.0)
+    parser.add_argument("--stay", type=size, help="layers stay on a device of so much memory (75g); without it none")
     parser.add_argument("--seq", type=length, help=argparse.SUPPRESS)
     parser.add_argument("--logits", help=argparse.SUPPRESS)
     parser.add_argument("--one", choices=PLACES, help=argparse.SUPPRESS)
@@ -107,6 +112,7 @@ def main(argv: list[str]) -> int:
                 continue
             file = Path(folder, f"{seq}-{place}.npy")
             given = ["--model", args.model, "--method", args.method, "--sp", str(args.sp), "--seq", str(seq)]
+            given += ["--stay", str(args.stay)] if args.stay else []
             call = [sys.executable, __file__, *given, "--one", place, "--logits", str(file)]
             try:
                 done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=left)

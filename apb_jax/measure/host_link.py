@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from apb_jax.attention.inputs import Prompt
 from apb_jax.errors import UserError
 from apb_jax.host_kv import PINNED
+from apb_jax.host_memory import free_host_memory
 from apb_jax.kv_memory import DEVICE, HOST
 from apb_jax.measure.memory import Case, memory_of
-from apb_jax.mesh import free_host_memory
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
@@ -58,8 +58,13 @@ def host_note(engine: Engine, prompts: Sequence[Prompt]) -> str | None:
             f"--kv {HOST}: the documents' KV takes {needed / 2**30:.1f} GiB of host memory, {free / 2**30:.1f} GiB are "
             "free; nearest legal choice: --kv-dtype int8 (half the bytes), or a shorter document (--seq)"
         )
+    stay, layers = case.kv_layers, case.config.num_layers
+    if not needed:
+        return f"--kv {HOST}: all {layers} layers of the document's KV fit on the devices and stay there"
     rate = bandwidth(engine.mesh)
     return (
-        f"document KV in host memory: {needed / 2**30:.2f} GiB, read for the question and again for every token of "
+        f"document KV in host memory: {needed / 2**30:.2f} GiB"
+        + (f" of {layers - stay} layers ({stay} fit on the devices)" if stay else "")
+        + ", read for the question and again for every token of "
         f"the answer, about {needed / rate:.2g} s each at {rate / 1e9:.0f} GB/s, as measured just now"
     )

@@ -62,6 +62,8 @@ class Case:
     """The type of the document's keys and values: the word of ``Precision.kv``."""
     kv_memory: str = DEVICE
     """Where they are kept: a word of ``kv_memory.py``."""
+    kv_layers: int = 0
+    """Of those in the host's memory the layers that stay on the devices."""
 
     @classmethod
     def of(cls, engine: Engine) -> Case:
@@ -82,6 +84,7 @@ class Case:
             query_at=setup.query_at,
             kv=settings.precision.kv,
             kv_memory=settings.kv_memory,
+            kv_layers=settings.kv_layers,
         )
 
     @property
@@ -246,18 +249,19 @@ def memory_of(
     kv = config.kv_bytes_per_token(case.itemsize) // case.tp * batch
     scored = method.can.needs_heads or getattr(method, "scorer", None) == "heads"
     document_kv = document_kv_bytes(case, batch * local * layout.kept_capacity)
-    on_host = case.kv_memory == HOST
-    kept = {DEVICE: config.num_layers, HOST: min(ON_DEVICE, config.num_layers), NOWHERE: 0}[case.kv_memory]
+    layers = config.num_layers
+    on_host = max(0, layers - case.kv_layers) if case.kv_memory == HOST else 0
+    kept = {DEVICE: layers, HOST: layers - max(0, on_host - ON_DEVICE), NOWHERE: 0}[case.kv_memory]
     return Memory(
         {
             "weights": weight_bytes(case),
-            "document_kv": document_kv // config.num_layers * kept,
+            "document_kv": document_kv // layers * kept,
             "activations": activation_bytes(case, rows, scored=scored),
             "exchange": exchange_bytes(case, method, layout),
             "tail_kv": kv * tail,
             "programs": PROGRAM_BYTES,
         },
-        document_kv * case.devices * case.tp if on_host else 0,
+        document_kv // layers * on_host * case.devices * case.tp,
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from apb_jax.attention.inputs import Prompt
+from apb_jax.attention.layout import Layout
+from apb_jax.attention.method import AttentionMethod
 from apb_jax.errors import UserError
 from apb_jax.kv_memory import HOST, NOWHERE
 from apb_jax.measure.auto import Calibration
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from apb_jax.engine import Engine
     from apb_jax.session import Session
 
+STAYING = 0.95
+"""Of a device's limit may be taken for layers that stay on it: a plan is off by a few percent."""
 GRID = 24
 """Lengths that are looked at from above: a table of budgets lets bytes fall where it changes to another row."""
 MOST_DEVICES = 64
@@ -83,6 +87,7 @@ class Plan:
             "kv_dtype": self.case.kv,
             "kv_memory": self.case.kv_memory,
             "host_bytes": self.memory.host_bytes,
+            "kv_layers_that_stay": self.case.kv_layers,
             "seconds": None if self.expected is None else self.expected.seconds,
             "seconds_from": None if self.expected is None else self.expected.basis,
             "would_fit": list(self.remedies),
@@ -115,6 +120,27 @@ def longest_document(
         middle = (low + high) // 2
         low, high = (middle, high) if good(middle) else (low, middle)
     return low
+
+
+def layers_that_stay(
+    case: Case, method: AttentionMethod, layout: Layout, limit: int | None, asked: tuple[int, int]
+) -> int:
+    """How many layers' KV the devices can hold beside all else of a run with its KV in the host's memory."""
+    if case.kv_memory != HOST or limit is None:
+        return 0
+    bare, one = (memory_of(replace(case, kv_layers=n), method, layout, *asked) for n in (0, 1))
+    layer = (bare.host_bytes - one.host_bytes) // (case.devices * case.tp)
+    room = int(STAYING * limit) - bare.bytes_per_device
+    return max(0, min(case.config.num_layers, room // layer))
+
+
+def spread(engine: Engine, prompts: Sequence[Prompt], new_tokens: int, limit: int | None = None) -> Engine:
+    """The engine with as many layers' KV on its devices as fit, where its KV is kept in the host's memory."""
+    limit = memory_limit(engine.mesh.devices.flat) if limit is None else limit
+    case = Case.of(engine)
+    asked = (max(len(prompt.query) for prompt in prompts), new_tokens)
+    stay = layers_that_stay(case, *case.chosen(prompts), limit, asked)
+    return engine if stay == engine.settings.kv_layers else engine.with_method(engine.method, kv_layers=stay)
 
 
 def remedies(case: Case, document_tokens: int, limit: int, longest: int, asked: tuple[int, int]) -> tuple[str, ...]:
@@ -169,9 +195,10 @@ def plan(
     case.check()
     method, layout = case.chosen(prompts)
     query_tokens = max(len(prompt.query) for prompt in prompts)
+    longest = longest_document(replace(case, kv_layers=0), limit, query_tokens, new_tokens)
+    case = replace(case, kv_layers=layers_that_stay(case, method, layout, limit, (query_tokens, new_tokens)))
     memory = memory_of(case, method, layout, query_tokens, new_tokens)
     tokens = int(layout.document_tokens.max())
-    longest = longest_document(case, limit, query_tokens, new_tokens)
     too_large = limit is not None and memory.bytes_per_device > limit
     return Plan(
         case=case,

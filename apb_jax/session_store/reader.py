@@ -80,7 +80,7 @@ def load_steps(
     asked = np.asarray([len(prompt.query) for prompt in prompts], np.int32)
     rows = [at for at, _ in rows_in_order(layout, engine.placement)]
     target = Target(engine.programs, rows, layout.shards * layout.kept_capacity)
-    cache: AnyCache | HostCache = HostCache()
+    cache: AnyCache | HostCache = HostCache(stay=engine.settings.kv_layers)
     if engine.settings.kv_memory == DEVICE:
         cache = engine.programs.document_cache(len(prompts), target.rows, engine.model.dtype)
     kind = cache_kind(engine.settings.precision.kv)

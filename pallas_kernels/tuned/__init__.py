@@ -1,4 +1,4 @@
-"""Measured kernel parameters: one JSON file a device, written by `python -m pallas_kernels.tune`."""
+"""Measured kernel parameters: one JSON file a device, written by `python -m benchmarks.tune`."""
 
 import functools
 import json

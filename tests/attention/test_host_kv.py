@@ -72,6 +72,23 @@ def test_answers_are_those_of_a_cache_on_the_devices(case: str) -> None:
     np.testing.assert_allclose(host.logits([OTHER])[0], device.logits([OTHER])[0], atol=2e-5)
 
 
+@pytest.mark.parametrize(("case", "stay"), [("full", 2), ("apb, 4 shards on 2 devices, 8-bit KV", 4), ("apb", LAYERS)])
+def test_layers_that_stay_on_the_devices(case: str, stay: int, tmp_path: Path) -> None:
+    """Some of them, all but one, all: the same answers, also from a session that was saved."""
+    device, host = engines(case)
+    host = host.with_method(host.method, kv_layers=stay)
+    whole, found = session(device), session(host)
+    kinds = [jax.tree.leaves(part)[0].sharding.memory_kind for part in found.cache.parts]
+    assert [kind == PINNED for kind in kinds] == [False] * stay + [True] * (LAYERS - stay)
+    expected = whole.ask(QUERY, ANSWER, stop_ids=(), logits=True)
+    found.save(tmp_path / "session")
+    for one in (found, host.load_session(tmp_path / "session")):
+        assert one.cache.stay == stay
+        answer = one.ask(QUERY, ANSWER, stop_ids=(), logits=True)
+        assert answer.tokens == expected.tokens
+        np.testing.assert_allclose(answer.step_logits, expected.step_logits, atol=2e-5)
+
+
 def test_a_batch_with_sampling_and_stops() -> None:
     device, host = (session(one, [DOCUMENT, DOCUMENT[::-1]]) for one in engines("apb"))
     drawn = {"sampler": Sampler(0.9, 0.8), "seed": 3}

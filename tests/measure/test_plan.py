@@ -20,7 +20,18 @@ from apb_jax.measure import host_link
 from apb_jax.measure.auto import Calibration, Measurement
 from apb_jax.measure.devices import figures_named, figures_of, known_devices
 from apb_jax.measure.memory import Case, activation_moments, memory_for, weight_bytes
-from apb_jax.measure.plan import KV_HOST, check_memory, fits, gib, longest_document, plan, plan_length, planned_bytes
+from apb_jax.measure.plan import (
+    KV_HOST,
+    STAYING,
+    check_memory,
+    fits,
+    gib,
+    longest_document,
+    plan,
+    plan_length,
+    planned_bytes,
+    spread,
+)
 from apb_jax.mesh import USABLE, make_mesh
 from apb_jax.plan import main
 from apb_jax.presets import MODELS
@@ -185,6 +196,28 @@ def test_host_memory_is_checked_and_its_cost_told(monkeypatch: pytest.MonkeyPatc
         host_link.host_note(engine, [prompt])
 
 
+def test_layers_stay_on_the_devices_as_far_as_they_fit() -> None:
+    """None without a limit; each one more takes one layer's KV from the host, which has none in the end."""
+    engine = Engine(random_model(num_layers=4), "apb", make_mesh(4), kv_memory="host")
+    prompt = engine.prompt(ids(0, 400), ids(1, 20))
+    assert spread(engine, [prompt], 8) is engine
+    bare = memory_for(Case.of(engine), 400, 20, 8)
+    layer = bare.host_bytes // 4 // 4
+    found = {}
+    for extra in (-1, 0, 1, 2, 2.5, 3, 4, 99):
+        limit = int((bare.bytes_per_device + extra * layer) / STAYING) + 1
+        one = spread(engine, [prompt], 8, limit)
+        found[extra] = one.settings.kv_layers
+        planned = memory_for(Case.of(one), 400, 20, 8)
+        assert planned.bytes_per_device <= limit or extra < 0
+        assert planned.host_bytes == bare.host_bytes // 4 * (4 - found[extra])
+    assert found == {-1: 0, 0: 0, 1: 1, 2: 2, 2.5: 2, 3: 3, 4: 4, 99: 4}
+    note = host_link.host_note(one, [prompt])
+    assert note == "--kv host: all 4 layers of the document's KV fit on the devices and stay there"
+    device = engine.with_method("apb", kv_memory="device")
+    assert spread(device, [prompt], 8, 1 << 40) is device
+
+
 def test_the_host_link_is_measured() -> None:
     assert 0 < host_link.bandwidth(make_mesh(2)) < math.inf
 
@@ -272,8 +305,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit: 1,048,480 document tokens under apb need" in taken.err
     assert main([*arguments, "--seq", "1m", "--kv", "host"]) == 0
     taken = capsys.readouterr()
-    assert json.loads(taken.out.splitlines()[-1])["host_bytes"] == 2**37
-    assert "memory of the host: 128.0 GiB of document KV, read once a token" in taken.err
+    result = json.loads(taken.out.splitlines()[-1])
+    assert result["kv_layers_that_stay"] == 17
+    assert result["host_bytes"] == 15 * 2**32
+    assert "memory of the host: 60.0 GiB of document KV, 15 of 32 layers, read once a token" in taken.err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python -m pallas_kernels.tune`: measures kernel parameters on this GPU and writes tuned/<device>.json."""
+"""`python -m benchmarks.tune`: measures kernel parameters on this GPU and writes tuned/<device>.json."""
 
 import argparse
 import datetime
@@ -83,13 +83,13 @@ def tune_decode(dim: int) -> dict[str, int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line of ``python -m pallas_kernels.tune``."""
-    parser = Parser(prog="python -m pallas_kernels.tune", description=__doc__)
+    """The command line of ``python -m benchmarks.tune``."""
+    parser = Parser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--head-dim", type=int, choices=(64, 128), action="append", help="default: both")
     return parser
 
 
-@command("python -m pallas_kernels.tune")
+@command("python -m benchmarks.tune")
 def main(argv: list[str]) -> None:
     """Measure, and keep the fastest parameters beside those that were not measured."""
     options = make_parser().parse_args(argv)
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
         "device": here.name,
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
-        "command": " ".join(["python -m pallas_kernels.tune", *argv]),
+        "command": " ".join(["python -m benchmarks.tune", *argv]),
         "parameters": measured,
     }
     write_json(path, entry, indent=2)
