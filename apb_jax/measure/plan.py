@@ -43,7 +43,7 @@ KV_HOST = "--kv host (slow answers)"
 
 def gib(count: float) -> str:
     """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 @dataclass(frozen=True)
