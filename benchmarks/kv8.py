@@ -1,7 +1,8 @@
-"""KV in 8 bits on one GPU: `python -m benchmarks.kv8 --section kernel|engine [--limit-s 90] [--out FILE]`.
+"""KV in 8 bits on one GPU: `python -m benchmarks.kv8 --section kernel|sweep|engine [--limit-s 90] [--out FILE]`.
 
 kernel: decode attention over bf16, e4m3 and int8 caches of 8K to 256K keys, 32 query and 8 KV heads of 128; the
 error against float32 on the same codes first, then device time (CUPTI), GB/s and the share of a device copy.
+sweep: the Triton kernel's tiles at the first of ``--keys``, time alone.
 engine: milliseconds a decoded token with Llama-3.1-8B's shapes and random weights, 8K and 128K, full and apb on
 8 shards, caches filled with random values (decoding reads them whatever they say), after a real prefill of 8K under
 each precision whose logits are compared.
@@ -36,8 +37,8 @@ KEYS = (131072, 8192, 32768, 262144)
 CONFIGS = tuple(
     triton_backend.Config(block, stages, warps, blocks)
     for block, stages, warps, blocks in (
-        (64, 4, 4, 2), (64, 3, 4, 3), (128, 3, 4, 2), (128, 2, 4, 3), (128, 3, 8, 2), (32, 4, 4, 4), (64, 4, 2, 4),
-        (128, 4, 8, 1), (64, 5, 4, 3), (64, 3, 4, 4),
+        (64, 4, 4, 2), (128, 3, 4, 2), (128, 2, 4, 3), (128, 4, 4, 2), (128, 2, 4, 2), (256, 2, 8, 1), (64, 4, 4, 3),
+        (128, 3, 8, 2),
     )
 )  # fmt: skip
 
@@ -107,7 +108,7 @@ def attention(kind: str, name: str | None, config: Any = None, causal: bool = Fa
 
 
 def kernel(lines: Lines, keys_of: tuple[int, ...], sweep: bool) -> None:
-    """All cells of the section."""
+    """All cells of the section; with ``sweep`` the Triton kernel's tiles in place of all else."""
     ceiling = 0.0
 
     def copy() -> None:
@@ -144,16 +145,17 @@ def kernel(lines: Lines, keys_of: tuple[int, ...], sweep: bool) -> None:
             compile_s=round(compile_s, 1), config=None if config is None else dataclasses.astuple(config), **errors,
         )  # fmt: skip
 
+    for kind in ("fp8", "int8") if sweep else ():
+        for config in CONFIGS:
+            lines.attempt(f"{kind} {config}", lambda k=kind, c=config: cell(k, "triton", keys_of[0], 1, c))
+    if sweep:
+        return
     for keys in keys_of:
         for kind, name in (("bf16", "mosaic_gpu"), ("fp8", "triton"), ("int8", "triton")):
             lines.attempt(f"{kind} {keys}", lambda k=kind, n=name, t=keys: cell(k, n, t, 1))
     for kind, name in (("bf16", "mosaic_gpu"), ("fp8", "triton")):
         lines.attempt(f"{kind} query rows", lambda k=kind, n=name: cell(k, n, keys_of[0], 64))
-    for kind in ("fp8", "int8") if sweep else ():
-        for config in CONFIGS:
-            lines.attempt(f"{kind} {config}", lambda k=kind, c=config: cell(k, "triton", keys_of[0], 1, c))
-    for kind in ("fp8",):
-        lines.attempt(f"{kind} xla", lambda k=kind: cell(k, "xla", keys_of[0], 1))
+    lines.attempt("fp8 xla", lambda: cell("fp8", "xla", keys_of[0], 1))
 
 
 # ---- engine --------------------------------------------------------------------------------------------------------
@@ -245,11 +247,10 @@ def engine(lines: Lines, model_name: str, lengths: tuple[int, ...], kinds: tuple
 def main(argv: list[str]) -> None:
     """See the module's text."""
     parser = Parser(prog="python -m benchmarks.kv8", description=__doc__)
-    parser.add_argument("--section", choices=("kernel", "engine"), required=True)
+    parser.add_argument("--section", choices=("kernel", "sweep", "engine"), required=True)
     parser.add_argument("--limit-s", type=float, default=90.0, help="no cell is started after so many seconds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines there")
-    parser.add_argument("--keys", type=int, nargs="+", default=KEYS, help="kernel: lengths; the first is swept")
-    parser.add_argument("--no-sweep", action="store_false", dest="sweep", help="kernel: the default sizes alone")
+    parser.add_argument("--keys", type=int, nargs="+", default=KEYS, help="kernel, sweep: lengths")
     parser.add_argument("--model", default="llama3.1-8b", help="engine: its shapes")
     parser.add_argument("--seq", type=int, nargs="+", default=(8192, 131072), help="engine: lengths")
     parser.add_argument("--kinds", nargs="+", default=("model", "fp8"), help="engine: the first is the baseline")
@@ -257,8 +258,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     lines = Lines(args.out, args.limit_s)
     lines.row(section=args.section, cell="start", python=sys.version.split()[0], devices=len(jax.devices()))
-    if args.section == "kernel":
-        kernel(lines, tuple(args.keys), args.sweep)
+    if args.section in ("kernel", "sweep"):
+        kernel(lines, tuple(args.keys), args.section == "sweep")
     else:
         engine(lines, args.model, tuple(args.seq), tuple(args.kinds), args.new_tokens)
 

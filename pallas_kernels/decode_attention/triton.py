@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import triton_launch
 from pallas_kernels.decode_attention.call import DecodeCall
 from pallas_kernels.decode_attention.parts import merged, packed
-from pallas_kernels.device import Device, refuse_before_ada, refuse_before_ampere
+from pallas_kernels.device import Device, current, refuse_before_ada, refuse_before_ampere
 
 LOG2_E = math.log2(math.e)
 MULTIPROCESSORS = 132
@@ -30,7 +30,7 @@ class Config:
 
 LONG = Config(block_keys=128, stages=3)
 LONG_KEYS = 32768
-"""From so many e4m3 keys on ``LONG`` is taken: measured at 8K and 128K, not between them."""
+"""From so many e4m3 keys on ``LONG`` is taken, on Hopper: measured at 8K and 128K, not between them."""
 
 
 def refuse(call: DecodeCall, device: Device) -> str | None:
@@ -47,13 +47,18 @@ def refuse(call: DecodeCall, device: Device) -> str | None:
     return None
 
 
+def _config(call: DecodeCall, device: Device) -> Config:
+    hopper = (device.compute_capability or (0, 0)) >= (9, 0)  # blocks before it have too little shared memory
+    return LONG if hopper and call.k.dtype != jnp.int8 and call.keys >= LONG_KEYS else Config()
+
+
 def triton(call: DecodeCall, config: Config | None = None) -> tuple[jax.Array, jax.Array]:
     """out float32 [B, M, H, D] and lse_nat float32 [B, H, M]."""
     from pallas_kernels.decode_attention.triton_kernel import decode_8bit
 
     assert call.k_scale is not None
     assert call.v_scale is not None
-    config = config or (LONG if call.keys >= LONG_KEYS and call.k.dtype != jnp.int8 else Config())
+    config = config or _config(call, current())
     batch, rows, heads, dim = call.q.shape
     keys, kv_heads = call.keys, call.kv_heads
     q = packed(call.q, kv_heads).astype(jnp.float32)
