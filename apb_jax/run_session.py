@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from apb_jax.engine import Engine
 from apb_jax.errors import UserError
 from apb_jax.generation import Answer
-from apb_jax.measure.host_link import host_note
+from apb_jax.measure.host_link import host_note, saved_note
 from apb_jax.measure.plan import spread
 from apb_jax.options import RunConfig
 from apb_jax.sampling import Sampler
+from apb_jax.session_store.manifest import read_manifest
 from apb_jax.task import NEW_TOKENS_ABOUT_TEXT, document_task
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def run_session(config: RunConfig, text: str | None, engine: Engine, console: Co
     """Load or make the session, save it where asked for, and answer the question; returns the JSON object."""
     started = time.perf_counter()
     if config.session is not None:
+        if (note := saved_note(engine, read_manifest(Path(config.session)))) is not None:
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
         session = engine.load_session(config.session, _documents(config, text, engine))
         told = {"loaded": config.session, "load_s": time.perf_counter() - started}
     else:

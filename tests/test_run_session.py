@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from apb_jax.measure import host_link
 from apb_jax.run import main
 
 FACT = "One of the magic numbers for long-context is: 8675309."
@@ -24,7 +25,9 @@ def result(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_one_run_prefills_and_another_asks(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_run_prefills_and_another_asks(
+    book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a question on 4 shards, then asked on 2 devices: as the run that did both answers."""
     folder, short = str(tmp_path / "s"), ["--max-new-tokens", "4", "--json"]
     assert main(["--document", str(book), "--save-session", folder, "--sp", "4", *short]) == 0
@@ -39,6 +42,15 @@ def test_one_run_prefills_and_another_asks(book: Path, tmp_path: Path, capsys: p
     for further in ([], ["--document", str(book)]):
         assert main(["--session", folder, "--query", QUERY, "--sp", "2", *further, *short]) == 0
         assert result(capsys)["prediction"] == expected
+    host = ["--session", folder, "--query", QUERY, "--sp", "2", "--kv", "host", *short]
+    assert main(host) == 0
+    taken = capsys.readouterr()
+    assert json.loads(taken.out.splitlines()[-1])["prediction"] == expected
+    assert "note: document KV in host memory: " in taken.err
+    with monkeypatch.context() as patch:
+        patch.setattr(host_link, "free_host_memory", lambda: 1000)
+        assert main(host) == 2
+    assert "of host memory, 0.0 GiB are free" in capsys.readouterr().err
     changed = tmp_path / "changed.txt"
     changed.write_text(book.read_text() + "And on.")
     for arguments, words in (

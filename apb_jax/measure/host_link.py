@@ -21,6 +21,7 @@ from apb_jax.measure.memory import Case, memory_of
 
 if TYPE_CHECKING:
     from apb_jax.engine import Engine
+    from apb_jax.session_store import Manifest
 
 PROBE_BYTES = 64 * 2**20
 QUEUED = 8
@@ -52,19 +53,26 @@ def host_note(engine: Engine, prompts: Sequence[Prompt]) -> str | None:
         return None
     case = Case.of(engine)
     needed = memory_of(case, *case.chosen(prompts)).host_bytes
+    stay, layers = case.kv_layers, case.config.num_layers
+    if not needed:
+        return f"--kv {HOST}: all {layers} layers of the document's KV fit on the devices and stay there"
+    return _cost(engine, needed, f" of {layers - stay} layers ({stay} fit on the devices)" if stay else "")
+
+
+def saved_note(engine: Engine, manifest: Manifest) -> str | None:
+    """The same before a session is loaded, which leaves no layer on the devices."""
+    return _cost(engine, manifest.bytes, "") if engine.settings.kv_memory == HOST else None
+
+
+def _cost(engine: Engine, needed: int, layers: str) -> str:
     free = free_host_memory()
     if free is not None and needed > free:
         raise UserError(
             f"--kv {HOST}: the documents' KV takes {needed / 2**30:.1f} GiB of host memory, {free / 2**30:.1f} GiB are "
             "free; nearest legal choice: --kv-dtype int8 (half the bytes), or a shorter document (--seq)"
         )
-    stay, layers = case.kv_layers, case.config.num_layers
-    if not needed:
-        return f"--kv {HOST}: all {layers} layers of the document's KV fit on the devices and stay there"
     rate = bandwidth(engine.mesh)
     return (
-        f"document KV in host memory: {needed / 2**30:.2f} GiB"
-        + (f" of {layers - stay} layers ({stay} fit on the devices)" if stay else "")
-        + ", read for the question and again for every token of "
-        f"the answer, about {needed / rate:.2g} s each at {rate / 1e9:.0f} GB/s, as measured just now"
+        f"document KV in host memory: {needed / 2**30:.2f} GiB{layers}, read for the question and again for every "
+        f"token of the answer, about {needed / rate:.2g} s each at {rate / 1e9:.0f} GB/s, as measured just now"
     )
