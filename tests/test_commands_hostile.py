@@ -29,10 +29,10 @@ from apb_jax.serve import __main__ as serve
 from apb_jax.serve import options as serve_options
 from apb_jax.tiny import corpus, evaluate
 from apb_jax.tiny import train as tiny_train
+from benchmarks import tune
 from converters import __main__ as converters
 from evals import cli
 from evals.__main__ import run as run_evals
-from pallas_kernels import tune
 
 HOSTILE = (
     "", " ", "nan", "inf", "-inf", "-1", "0", "1e999", "9" * 400, "2.5", "true", "None", "[]", "\0", "caf\udce9",

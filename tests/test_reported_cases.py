@@ -75,7 +75,11 @@ def test_an_answer_of_one_line_break_is_blank(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("apb_jax.report.planned_bytes", lambda session, new_tokens: 1)
     model = SimpleNamespace(config=ModelConfig.from_hf(YARN), dtype=SimpleNamespace(name="float32"))
     settings = SimpleNamespace(
-        kernels=SimpleNamespace(attention=None), slice_decode=False, precision=Precision(), kv_memory="device"
+        kernels=SimpleNamespace(attention=None),
+        slice_decode=False,
+        precision=Precision(),
+        kv_memory="device",
+        kv_layers=0,
     )
     engine = SimpleNamespace(
         model=model, settings=settings, template="model", mesh=SimpleNamespace(shape={}), shards=1, codec=object(),

@@ -74,6 +74,11 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in ruled)
 
 
+def prose(text: str) -> str:
+    """Lines of 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def _grid(rows: Sequence[Row], show: Callable[[Row], str]) -> str:
     """Methods down, lengths across."""
     lengths = sorted({r["length"] for r in rows})
@@ -234,17 +239,21 @@ def _receipts(rows: Sequence[Row], folder: Path, out: Path) -> str:
     if both and both["auc"]:
         best = max(both["auc"], key=lambda name: both["auc"][name][0])
         parts.append(
-            f"All methods that keep some ({both['lost']} of {both['n']} lost): the best signal is `{best}`, AUC "
-            f"{both['auc'][best][0]:.2f} ± {1.96 * both['auc'][best][1]:.2f}, rank correlation "
-            f"{both['correlation'][best]:.2f}; `kl` over question and answer has {both['auc']['kl'][0]:.2f}."
+            prose(
+                f"All methods that keep some ({both['lost']} of {both['n']} lost): the best signal is `{best}`, AUC "
+                f"{both['auc'][best][0]:.2f} ± {1.96 * both['auc'][best][1]:.2f}, rank correlation "
+                f"{both['correlation'][best]:.2f}; `kl` over question and answer has {both['auc']['kl'][0]:.2f}."
+            )
         )
         same, others = both["by_top1"][-1], both["by_top1"][:-1]
         if same[0] == 1.0 and others:
             lost, count = sum(round(share * n) for _, share, n in others), sum(n for *_, n in others)
             parts.append(
-                f"In plain words: where all top tokens of the answer agree, {round(same[1] * same[2])} of {same[2]} "
-                f"answers are lost ({100 * same[1]:.0f}%); where one or more differ, {lost} of {count} "
-                f"({100 * lost / count:.0f}%)."
+                prose(
+                    f"In plain words: where all top tokens of the answer agree, {round(same[1] * same[2])} of "
+                    f"{same[2]} answers are lost ({100 * same[1]:.0f}%); where one or more differ, {lost} of {count} "
+                    f"({100 * lost / count:.0f}%)."
+                )
             )
     if shown:
         lengths = " and ".join(length_name(n) for n in sorted({r["length"] for r in each}))
@@ -281,7 +290,9 @@ def _sweep(rows: Sequence[Row], folder: Path, out: Path) -> str:
             "## Which budget buys it back",
             "apb at 8K, keys scored by the query: anchor tokens down, passing tokens across.",
             table(["anchor", *map(str, passings)], lines),
-            f"Best: an anchor of {best['anchor']} with {best['passing']} passing tokens, {interval(best)}{beside}.",
+            prose(
+                f"Best: an anchor of {best['anchor']} with {best['passing']} passing tokens, {interval(best)}{beside}."
+            ),
             _picture(path, out, "score over anchor and passing"),
         ]
     )  # fmt: skip

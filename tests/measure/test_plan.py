@@ -278,7 +278,7 @@ def test_run_refuses_before_a_weight_is_read(
     command = ["--model", str(folder), "--seq", "200", "--max-new-tokens", "4", "--sp", "2"]
     assert run_main([*command, "--gpu-memory", "64m"]) == 2
     errors = capsys.readouterr().err
-    assert "need 0.3 GiB on each of 2 devices (programs 0.2 GiB" in errors
+    assert "need 256 MiB on each of 2 devices (programs 256 MiB" in errors
     assert errors.count("\n") == 1
     assert run_main(command) == 2
     assert "weights were read" in capsys.readouterr().err
