@@ -77,5 +77,20 @@ def test_float32_is_the_cpu_s(method: str) -> None:
     np.testing.assert_allclose(found["gpu"], found["cpu"], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("stay", [0, 2])
+def test_kv_in_host_memory_is_the_same(stay: int) -> None:
+    """The logits of a cache on the device, with and without layers that stay there."""
+    document, query = ids(5, 509), ids(6, 9)
+    model = random_model(num_layers=5)
+    device = apb_jax.Engine(model, "apb", apb_jax.make_mesh(1), shards=4)
+    host = device.with_method("apb", kv_memory="host", kv_layers=stay)
+    sessions = [engine.prefill([engine.prompt(document, query)]) for engine in (device, host)]
+    kinds = [jax.tree.leaves(part)[0].sharding.memory_kind for part in sessions[1].cache.parts]
+    assert kinds == ["device"] * stay + ["pinned_host"] * (5 - stay)
+    answers = [session.ask(query, 12, stop_ids=(), logits=True) for session in sessions]
+    assert answers[0].tokens == answers[1].tokens
+    np.testing.assert_allclose(answers[1].step_logits, answers[0].step_logits, atol=1e-5)
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-m", "gpu", "-p", "no:cacheprovider", "-q"]))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from attention_cases import CASES, LONG_CASES, Case, apb_case, check, error, exact, make_inputs, plain, random_tiles
 
+from apb_jax.kv_codes import CODES, quantise
 from pallas_kernels import Unsupported
 from pallas_kernels.block_sparse_attention import Blocks, block_sparse_attention
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import Codes, decode_attention
 from pallas_kernels.flash_attention import RowSegment, flash_attention
 from pallas_kernels.select import select_topk
 from pallas_kernels.skinny_matmul import skinny_matmul
@@ -99,6 +100,26 @@ def test_decode_attention_of_a_stack(batch, rows, slots, dim):
         got = run(q, *stacks, lengths, layer=jnp.int32(layer))
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize(("rows", "keys", "dim"), [(1, 333, 64), (1, 40000, 128), (40, 40000, 128)])
+def test_decode_attention_over_8_bits(kind, rows, keys, dim):
+    """Against the values that the codes stand for, short and long; scales behind the lengths are NaN."""
+    rng = np.random.default_rng(5)
+    q = jnp.asarray(rng.standard_normal((2, rows, 8, dim)), jnp.bfloat16)
+    stacks = [jnp.asarray(rng.standard_normal((2, 2, keys, 2, dim)), jnp.float32) for _ in range(2)]
+    lengths, layer = jnp.asarray([keys, keys - 100]), jnp.int32(1)
+    behind = jnp.arange(keys)[:, None] >= lengths[None, :, None, None]
+    codes = [quantise(a, CODES[kind]) for a in stacks]
+    k, v = (Codes(values, jnp.where(behind, jnp.nan, scale)) for values, scale in codes)
+    clean = [Codes(values, scale) for values, scale in codes]
+    offset = lengths - rows
+    run = {n: jax.jit(functools.partial(decode_attention, implementation=n)) for n in ("triton", "reference")}
+    out, lse = run["triton"](q, k, v, lengths, offset, layer=layer)
+    want, want_lse = run["reference"](q.astype(jnp.float32), *clean, lengths, offset, layer=layer)
+    assert error(out, want) <= 2e-3
+    assert error(lse, want_lse) <= 1e-3
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla"])
