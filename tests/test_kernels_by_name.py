@@ -25,7 +25,11 @@ def test_a_name_is_no_silent_other_kernel(name: str, op: str) -> None:
         engine.prefill([engine.prompt(DOCUMENT, QUERY)])
 
 
-def test_under_string_no_kernel_can_be_named() -> None:
+def test_under_string_kernels_serve_consecutive_rows_alone() -> None:
+    """Full attention on one shard takes the kernel by its name; what meets keys of other blocks takes none."""
     engine = engine_on(string_model(40, 8, 1.0), 1).with_method("full", kernels=Kernels("xla_chunked"))
+    engine.prefill([engine.prompt(DOCUMENT, QUERY)])
+    assert engine.programs.choices["flash_attention"] == {"xla_chunked"}
+    engine = engine_on(string_model(40, 8, 1.0), 2).with_method("full", kernels=Kernels("xla_chunked"))
     with pytest.raises(UserError, match="it uses none of the kernels; nearest legal choice: --kernels auto"):
         engine.prefill([engine.prompt(DOCUMENT, QUERY)])

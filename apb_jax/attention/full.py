@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from apb_jax.attention.attend import Keys, attend, project
+from apb_jax.attention.consecutive import causal
 from apb_jax.attention.inputs import KeptKV, Kernels, LayerInputs, Prompt, Shard
 from apb_jax.attention.layout import Layout, chunk_layout
 from apb_jax.attention.method import AttentionMethod, Capabilities
@@ -46,9 +47,10 @@ class Full(AttentionMethod):
 
     def prefill(self, x: LayerInputs, shard: Shard, kernels: Kernels) -> tuple[Float[Array, "B S H D"], KeptKV]:
         queries, keys = project(x)
+        if shard.count == 1:
+            out, _ = causal(queries, keys, kernels)
+            return out, (keys.k, keys.v)
         everything = gather_document(keys, shard)
-        # A static offset on one shard: backends that know only aligned causal masks can then serve the call.
-        offset = shard.index * queries.rows if shard.count > 1 else 0
-        rows = RowSegment(queries.rows, start=0, offset=offset, end=everything.tokens)
+        rows = RowSegment(queries.rows, start=0, offset=shard.index * queries.rows, end=everything.tokens)
         out, _ = attend(queries, (everything,), (rows,), kernels)
         return out, (keys.k, keys.v)

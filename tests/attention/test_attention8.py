@@ -37,7 +37,7 @@ def test_a_method_whose_attention_is_another_kernel_refuses() -> None:
     with pytest.raises(UserError, match="xattention attends through block_sparse_attention, which has no 8-bit"):
         apb_jax.Engine(model(), method("xattention"), apb_jax.make_mesh(sp=1), precision=FP8)
     remapped = replace(model(), config=with_string(model().config, 0.33, 16, 300))
-    engine = apb_jax.Engine(remapped, method("full"), apb_jax.make_mesh(sp=1), precision=FP8)
+    engine = apb_jax.Engine(remapped, method("full"), apb_jax.make_mesh(sp=2), precision=FP8)
     with pytest.raises(UserError, match="--attention-dtype fp8: not all attention"):
         engine.prefill([engine.prompt(ids(1, 96), ids(2, 9))])
 
