@@ -137,7 +137,7 @@ def words(error: BaseException) -> str | None:
     if isinstance(error, BrokenPipeError):
         _drop_stdout()
         return "standard output was closed before everything was written"
-    full = os.strerror(errno.ENOSPC)
+    full = next((word for word in map(os.strerror, DISK_FULL) if word in text), os.strerror(errno.ENOSPC))
     if getattr(error, "errno", None) in DISK_FULL or full in text:
         place = getattr(error, "filename", None)
         if place is None:

@@ -57,9 +57,10 @@ def check_host_memory(weights_bytes: int, copies: int) -> None:
     """Refuse more simulated devices than memory for their copies of the weights; nothing where the system is silent."""
     free = free_host_memory()
     if free is not None and weights_bytes * copies > free:
+        fit = free // max(1, weights_bytes)
         raise UserError(
             f"{copies} simulated devices hold {weights_bytes * copies / 2**30:.1f} GiB of weights, this machine has "
-            f"{free / 2**30:.1f} GiB free; nearest legal choice: --sp {max(1, free // max(1, weights_bytes))}"
+            f"{free / 2**30:.1f} GiB free; nearest legal choice: {f'--sp {fit}' if fit else 'a smaller --model'}"
         )
 
 

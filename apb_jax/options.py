@@ -161,7 +161,7 @@ class RunConfig:
             raise UserError("--heads has no meaning with --weights random; drop one of the two")
         for name in ("save", "profile", "save_session"):
             if (folder := getattr(self, name)) is not None:
-                check_output_folder(folder, f"--{name}")
+                check_output_folder(folder, f"--{name.replace('_', '-')}")
         twice = [name for name in self.method_options if [n for n, v in self.options if v is not None].count(name) > 1]
         if twice:
             raise UserError(f"{twice[0]} is given twice, by --set and by a flag or another --set; give it once")
@@ -374,14 +374,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="distance from which keys are shifted",
     )
     group.add_argument("--string-local", type=count(0), default=128, metavar="TOKENS", help="rows kept near")
-    group.add_argument("--anchor", type=count(0), metavar="TOKENS", help="APB: anchor, query included")
-    group.add_argument("--passing", type=count(0), metavar="TOKENS", help="APB: passed per shard")
-    group.add_argument("--query-at", type=count(0), metavar="INDEX", help="APB: query in the anchor")
+    group.add_argument(
+        "--anchor", type=count(0), metavar="TOKENS", help="APB: anchor, query included (default: by length)"
+    )
+    group.add_argument("--passing", type=count(0), metavar="TOKENS", help="APB: passed per shard (default: by length)")
+    group.add_argument(
+        "--query-at", type=count(0), metavar="INDEX", help="APB: query in the anchor (default: its start)"
+    )
     group.add_argument(
         "--scorer",
         choices=("heads", "query", "expected", "reconstruct"),
-        help="APB: retaining heads, or training-free; all but query can prefill without the question (--set "
-        "embed_query=false)",
+        help="APB: retaining heads, or training-free (default: heads where there are any); all but query can prefill "
+        "without the question (--set embed_query=false)",
     )
     group.add_argument(
         "--bottom-right-query",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from apb_jax.files import check_input
+from apb_jax.files import check_input, near_file
 from evals.base import UNSCORABLE, EvalError, mean_percent, require_choice
 from evals.infinitebench import records, scoring
 from evals.ruler.scoring import METRICS, task_score
@@ -38,9 +38,7 @@ def _chunks(path: Path) -> list[Path]:
     pieces = sorted(path.parent.glob(f"{path.stem}-*{path.suffix}")) if path.parent.is_dir() else []
     if pieces:
         return pieces
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    raise EvalError(f"{path}: no such file{hint}")
+    raise EvalError(f"{path}: no such file{near_file(path)}")
 
 
 def _field(row: dict[str, Any], names: Sequence[str], where: str) -> Any:

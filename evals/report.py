@@ -4,7 +4,6 @@ Runs are put into one table only if their prompts and scoring are the same: RULE
 InfiniteBench templates and rules, needle forms and perplexity protocols get sections of their own.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apb_jax.errors import UserError
-from apb_jax.files import read_json, write_text
+from apb_jax.files import near_file, read_json, write_text
 from evals import plots
 from evals.base import UNSCORABLE, EvalError
 from evals.latency.break_even import break_even
@@ -127,10 +126,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for folder in folders:
         if not folder.is_dir():
-            near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*")], n=1)
-            raise EvalError(
-                f"{folder}: no such folder" + (f"; did you mean {folder.parent / near[0]}?" if near else "")
-            )
+            raise EvalError(f"{folder}: no such folder{near_file(folder)}")
         found = sorted(path.parent for path in folder.rglob("config.json"))
         complete = [path for path in found if (path / "metrics.json").is_file()]
         if not complete:

@@ -188,7 +188,7 @@ def drawn_lines(command: Command) -> Iterator[list[str]]:
         left_out = names and names[0] not in command.only if command.only else set(names) & set(command.skips)
         if not names or action.nargs == 0 or left_out:
             continue
-        drawn = [HOSTILE[(place * 7 + step * 5) % len(HOSTILE)] for step in range(command.drawn)]
+        drawn = [HOSTILE[(place * 7 + step * 11) % len(HOSTILE)] for step in range(command.drawn)]
         own = next((OWN[name] for name in names if name in OWN), ())
         for value in (*drawn, *own):
             yield [*command.line, f"{names[-1]}={value}"]

@@ -10,8 +10,11 @@ import sys
 import time
 from typing import Any
 
+import jax
 import pytest
 from hf_checkpoints import write_checkpoint
+
+from apb_jax.joining import Joining
 
 
 def free_port() -> int:
@@ -132,6 +135,31 @@ def test_a_mesh_that_leaves_unequal_shares_is_refused(command: list[str]) -> Non
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 4),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "many"}, 1),
+    ],
+)
+def test_processes_that_a_launcher_started_need_no_coordinator(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], count: int
+) -> None:
+    for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **named: joined.append(given))
+    joining = Joining(None, None, None)
+    joining.start()
+    assert joining.count == count
+    assert joined == ([(None, None, None)] if count > 1 else [])
+
+
 def test_a_process_that_dies_ends_the_others(command: list[str]) -> None:
     """Within a minute, not after the collective's own time-out."""
     pair = together([*command, "--sp", "2", "--max-new-tokens", "4", "--repeat", "1000"])

@@ -288,7 +288,12 @@ def test_a_receipt_over_nan_is_an_error() -> None:
 
 
 def test_a_folder_named_like_a_preset_is_not_the_preset(tmp_path: Path) -> None:
-    assert load(write_checkpoint(tmp_path / "tiny")).name == "./tiny"
+    """Nor does it get the preset's sizes or template."""
+    own = load(write_checkpoint(tmp_path / "tiny"))
+    assert own.name == "./tiny"
+    assert own.config.hidden_size != load("tiny").config.hidden_size
+    engine = Engine(own, "full", make_mesh(sp=1))
+    assert engine.template != Engine(load("tiny"), "full", make_mesh(sp=1)).template
     assert load(write_checkpoint(tmp_path / "mine")).name == "mine"
 
 

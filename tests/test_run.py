@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 from hf_checkpoints import tiny_config, write_checkpoint
 from rich.console import Console
@@ -19,7 +21,8 @@ from rich.console import Console
 from apb_jax.arguments import length as parse_length
 from apb_jax.errors import UserError
 from apb_jax.options import RunConfig, parse
-from apb_jax.run import choose_devices, main
+from apb_jax.run import choose_devices, decide_method, main
+from apb_jax.weights.checkpoint import load
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,7 @@ BAD = [
     (["--model", "{bare}", "--fold-heads"], "has no retaining heads to fold"),
     ([*MODEL, "--set", "shared_anchor=no"], "shared_anchor is 'no'; it must be true or false"),
     ([*MODEL, "--set", "pool=4"], "pool is 4; it must be an odd number of rows"),
+    ([*MODEL, "--anchor", "4", "--set", "anchor_tokens=8"], "anchor_tokens is given twice, by --set and by a flag"),
     ([*MODEL, "--set", "zigzag"], "--set 'zigzag' is not of the form FIELD=VALUE"),
     ([*MODEL, "--method", "ring", "--set", "zigzags=true"], "method 'ring' has no option 'zigzags'"),
     ([*MODEL, "--method", "streaming", "--sp", "2"], "runs on one shard, here are 2; nearest legal choice: --sp 1"),
@@ -217,6 +221,30 @@ def test_json_is_the_last_line(
         assert "| attention mass recovered |" in page
         assert "Ground truth" not in page  # random ids: nothing to find
         assert page.count("receipt against") == 3
+
+
+def test_the_help_s_own_examples_are_taken() -> None:
+    assert parse(["--method", "ring", "--set", "order=plain"]).method_options == {"order": "plain"}
+    assert parse(["--kernels", "triton"]).kernels == "triton"
+
+
+@pytest.mark.parametrize(("seq", "length"), [(None, 900), ("600", 600), ("4k", 900)])
+def test_auto_decides_for_the_document_that_is_given(
+    monkeypatch: pytest.MonkeyPatch, seq: str | None, length: int
+) -> None:
+    """Not for a default length: shortened by --seq, never lengthened by it."""
+    asked = []
+
+    def choose(model: Any, tokens: int, devices: int, **settings: Any) -> Any:
+        asked.append(tokens)
+        return SimpleNamespace(method="apb", devices=devices, reason="so")
+
+    monkeypatch.setattr("apb_jax.measure.choose.choose", choose)
+    model = load("tiny")
+    text = model.tokenizer.decode(model.tokenizer.encode("word " * 2000, add_special_tokens=False)[:900])
+    config = parse(["--model", "tiny", "--method", "auto", *(["--seq", seq] if seq else [])])
+    assert decide_method(config, model, text) == ("apb", len(jax.devices()), "so")
+    assert asked == [length]
 
 
 def test_a_verdict_for_every_method(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

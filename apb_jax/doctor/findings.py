@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from apb_jax.doctor.facts import Facts
+from apb_jax.install import install_hint
 from pallas_kernels.device import MISCOMPILING_CUDA
 
 Level = Literal["ok", "note", "broken", "unchecked"]
@@ -124,7 +125,7 @@ def triton(facts: Facts) -> Iterator[Finding]:
         yield Finding("ok", "jax-triton", facts.packages["jax-triton"])
     else:
         text = "not installed: selection and block-sparse attention use XLA, which is slower"
-        yield Finding("note", "jax-triton", text, "pip install 'apb-jax[cuda13]' (or cuda12)")
+        yield Finding("note", "jax-triton", text, f"{install_hint('cuda13')} (or cuda12)")
 
 
 def link_matrix(topology: str) -> dict[tuple[str, str], str]:

@@ -9,6 +9,7 @@ import sys
 
 from apb_jax.command import command
 from apb_jax.errors import UserError
+from apb_jax.install import install_hint
 from apb_jax.serve.listen import bind
 from apb_jax.serve.options import ServeConfig, parse
 
@@ -23,7 +24,7 @@ def serve(config: ServeConfig) -> int:
 
             from apb_jax.serve.app import make_app
         except ImportError as error:
-            raise UserError(f"the server needs {error.name}; pip install 'apb-jax[serve]'") from error
+            raise UserError(f"the server needs {error.name}; {install_hint('serve')}") from error
         from apb_jax.serve.guard import LOOPBACK, Gate
         from apb_jax.serve.service import Service
         from apb_jax.serve.start import choose_devices, plan

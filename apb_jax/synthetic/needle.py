@@ -42,7 +42,10 @@ def needle_prompt(tokenizer: Any, tokens: int, digits: str, depth: float, seed: 
     needle: Line = (Piece(f" One of the special magic numbers for {key} is: "), Piece(digits), Piece("."))
     least = length_of(needle, encoder)
     if tokens < least:
-        raise UserError(f"a document of {tokens} tokens cannot hold the needle, which has {least}; ask for more tokens")
+        raise UserError(
+            f"a document of {max(0, tokens)} tokens cannot hold the needle, which has {least}; ask for at least "
+            f"{least - tokens} more"
+        )
     haystack = novel() if rng.random() < 0.5 else filler()
     # The first word loses its space below, which may cost a few tokens more.
     lines = fill(rng, encoder, haystack.order(rng), [needle], max(least, tokens - 8), depths=[depth])

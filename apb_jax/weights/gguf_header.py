@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apb_jax.errors import UserError
+from apb_jax.install import install_hint
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -68,7 +69,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UserError('GGUF files need the gguf package: pip install "apb-jax[gguf]"') from error
+        raise UserError(f"GGUF files need the gguf package: {install_hint('gguf')}") from error
     return gguf
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -152,10 +152,17 @@ def read_records(task: str, data: str | Path | None) -> Iterator[Record]:
 
 
 @cache
-def checked(task: str, path: Path) -> str:
-    """SHA-256 of a task's file, once every record in it has been read: a bad one is said before hours are spent."""
+def checked(task: str, path: Path, read: Callable[[str, Record], object]) -> str:
+    """SHA-256 of a task's file, once every record in it has been read: a bad one is said before hours are spent.
+
+    ``read``: (task, record) of what a prompt takes from it, which may be missing, too.
+    """
     for where, row in _file_rows(path):
-        make_record(task, row, where)
+        record = make_record(task, row, where)
+        try:
+            read(task, record)
+        except EvalError as error:
+            raise EvalError(f"{where}: {error}") from error
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.base import EvalError, Example, require_choice
-from evals.infinitebench.prompts import SETS, cut_middle, make_prompt
+from evals.infinitebench.prompts import SETS, cut_middle, fields_of, make_prompt
 from evals.infinitebench.records import HUB_NAME, NEW_TOKENS, TASKS, checked, read_records
 from evals.infinitebench.scoring import RULES, score_one
 from evals.tokens import Tokens
@@ -40,7 +40,7 @@ class InfiniteBenchTask:
         if self._file is not None:
             if not self._file.is_file():
                 raise EvalError(f"--data {self.data}: {self.name}.jsonl not there (see `python -m evals data`)")
-            checked(self.name, self._file)
+            checked(self.name, self._file, fields_of)
 
     @property
     def _file(self) -> Path | None:
@@ -64,7 +64,7 @@ class InfiniteBenchTask:
             "rule": self.rule,
             "truncation": "middle, after reserving the answer",
             "max_new_tokens": self.max_new_tokens,
-            "data": HUB_NAME if file is None else {"file": file.name, "sha256": checked(self.name, file)},
+            "data": HUB_NAME if file is None else {"file": file.name, "sha256": checked(self.name, file, fields_of)},
         }
 
     def examples(self) -> Iterator[Example]:

@@ -55,3 +55,23 @@ def test_compiled_programs_are_as_many() -> None:
     for tokens in rng.integers(280, 541, 16):
         engine.prefill([engine.prompt(ids(1, int(tokens)), ids(2, 6))])
     assert engine.programs.count("prefill") <= 4
+
+
+def test_an_engine_keeps_so_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one used longest ago goes first; what is kept of its size goes with it."""
+    monkeypatch.setattr(apb_jax.programs, "KEPT_PROGRAMS", 3)
+    monkeypatch.setattr(apb_jax.programs, "program_bytes", lambda program: 1)
+    programs = apb_jax.Engine(random_model(), "full", apb_jax.make_mesh(sp=1)).programs
+    made = []
+
+    def run(number: int) -> int:
+        def compiled(make: object, args: object, options: object) -> object:
+            made.append(number)
+            return (lambda *given: number), {}
+
+        monkeypatch.setattr(apb_jax.programs, "compiled", compiled)
+        return programs.call("any", number, lambda: None, ())
+
+    assert [run(number) for number in (1, 2, 3, 1, 4, 1, 2)] == [1, 2, 3, 1, 4, 1, 2]
+    assert made == [1, 2, 3, 4, 2]
+    assert len(programs.compiled) == len(programs.sizes) == 3

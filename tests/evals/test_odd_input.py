@@ -95,6 +95,7 @@ def test_no_answer_that_can_be_scored_is_an_error_after_storing(tmp_path):
         ("math_calc", {"answer": 5}, "field 'answer' must be a list of numbers, got 5"),
         ("code_run", {"answer": ["9" * 5000]}, "field 'answer' must be a number"),
         ("code_debug", {"options": "ABCD"}, "field 'options' must be a list of texts"),
+        ("code_run", {"input": "what is it?", "answer": 5}, "code_run record 0: no call like func_12(-3) in its input"),
     ],
 )
 def test_odd_records_are_refused_by_file_line_and_field(tmp_path, capsys, task, record, field):
