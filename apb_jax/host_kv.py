@@ -46,7 +46,7 @@ ON_DEVICE = 2
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HostCache:
-    """The document's KV: a cache of one layer for each layer of the model, all but the first in pinned host memory."""
+    """The document's KV: a cache of one layer for each layer of the model, behind the first ``stay`` in host memory."""
 
     parts: tuple[AnyCache, ...] = ()
     stay: int = field(default=0, metadata={"static": True})

@@ -379,7 +379,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--passing", type=count(0), metavar="TOKENS", help="APB: passed per shard (default: by length)")
     group.add_argument(
-        "--query-at", type=count(0), metavar="INDEX", help="APB: query in the anchor (default: its start)"
+        "--query-at", type=count(0), metavar="INDEX", help="APB: query in the anchor (default: behind the opening)"
     )
     group.add_argument(
         "--scorer",

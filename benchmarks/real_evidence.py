@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apb_jax.command import Parser, command
@@ -97,7 +97,8 @@ def run_command(argv: list[str]) -> int:
         facts["opening"], started + args.limit_s, claims_folder(),
     )  # fmt: skip
     record = {
-        "started": started, "arguments": argv, "versions": versions(), "device": device_name(), "facts": facts,
+        "started": started, "arguments": without_paths(argv), "versions": versions(), "device": device_name(),
+        "facts": facts,
     }  # fmt: skip
     with (args.out / "runs.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -142,6 +143,15 @@ def page_command(argv: list[str]) -> None:
 
     for path in write_page(args.figures, args.out, args.out.parent / "pictures"):
         print(path)
+
+
+PATHS = {"--samples": "samples.xz", "--model": "FILE.gguf", "--out": "ROWS", "--heads": "heads.safetensors"}
+"""What stands for a machine's own paths in what is kept."""
+
+
+def without_paths(arguments: Sequence[str]) -> list[str]:
+    """A command line as others may type it."""
+    return [PATHS.get(before, word) for before, word in zip(("", *arguments), arguments, strict=False)]
 
 
 def device_name() -> str:

@@ -64,3 +64,12 @@ def count_collectives(jaxpr: Any) -> dict[str, int]:
         if not all(isinstance(axis, int) for axis in equation.params.get("axes", ("named",)))  # sums of one device
     )
     return dict(collections.Counter(name for name in names if name in COLLECTIVES))
+
+
+def told(error: str) -> str:
+    """The one line about what was wrong: nothing comes after it, and no traceback before."""
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, error
+    assert error.rstrip("\n").endswith(lines[0]), error
+    assert "Traceback" not in error
+    return lines[0]

@@ -18,7 +18,7 @@ from typing import Any
 import fake_system
 import jax
 import pytest
-from helpers import ROOT
+from helpers import ROOT, told
 
 from apb_jax import mesh, run
 from apb_jax.command import OUT_OF_MEMORY, command
@@ -38,15 +38,6 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands in this process leave nothing in the user's cache, and their flags do not outlast the test."""
     monkeypatch.setenv("APB_JAX_CACHE", "off")
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-
-
-def told(error: str) -> str:
-    """The one line about what was wrong: nothing comes after it, and no traceback before."""
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, error
-    assert error.rstrip("\n").endswith(lines[0]), error
-    assert "Traceback" not in error
-    return lines[0]
 
 
 def never(*args: Any, **options: Any) -> None:

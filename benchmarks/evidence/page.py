@@ -33,7 +33,7 @@ def write_page(figures: Path, out: Path, folder: Path) -> list[Path]:
 def _head(facts: Row) -> str:
     run = facts["runs"][-1]
     versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items() if name != "apb_jax")
-    commands = list(dict.fromkeys(_command(one["arguments"]) for one in facts["runs"]))
+    commands = list(dict.fromkeys(" ".join(one["arguments"]) for one in facts["runs"]))
     data = facts["samples"]
     return "\n".join(
         [
@@ -57,16 +57,6 @@ def _head(facts: Row) -> str:
             "One cell again: `run` with `--sections ruler --methods apb --lengths 4096` into an empty folder.",
         ]
     )
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """The arguments without this machine's paths."""
-    names = {"--samples": "samples.xz", "--model": "FILE.gguf", "--out": "ROWS", "--heads": "heads.safetensors"}
-    out = list(arguments)
-    for at, word in enumerate(out[:-1]):
-        if word in names:
-            out[at + 1] = names[word]
-    return " ".join(out)
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -20,7 +20,10 @@ MULTIPROCESSORS = 132
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Columns of a block of threads, depth of a step, steps in flight, warps; blocks of threads that are wanted."""
+    """Columns of a block of threads, depth of a step, steps in flight, warps; blocks of threads that are wanted.
+
+    Triton keeps steps in flight where a ``tl.dot`` reads them: with one row ``stages`` bounds the parts alone.
+    """
 
     columns: int
     depth: int

@@ -16,6 +16,7 @@ from benchmarks.evidence.samples import Sample, read_samples, write_samples
 from benchmarks.evidence.score import auc, beside, exact, f1, figures, spearman
 from benchmarks.evidence.units import METHODS, Wanted, units
 from benchmarks.evidence.work import chosen, rows_of
+from benchmarks.real_evidence import without_paths
 
 RUN = types.SimpleNamespace(count=None, receipt_count=1)
 
@@ -134,7 +135,11 @@ def test_rows_to_figures_to_a_page(tmp_path: Path) -> None:
     assert one(section="needle", method="full", depth=100)["score"] == 100.0
     assert one(section="receipts", method="apb", length=8192)["auc"]["kl"][0] == 1.0
     assert (one(section="sweep")["anchor"], one(section="sweep")["passing"]) == (256, 128)
-    run = {"arguments": ["--samples", "/a/b", "--count", "2"], "device": "1 x cpu", "versions": {"jax": "0"}}
+    run = {
+        "arguments": without_paths(["--samples", "/a/b", "--count", "2"]),
+        "device": "1 x cpu",
+        "versions": {"jax": "0"},
+    }
     facts = {"section": "facts", "samples": {"model": "m", "seed": 1, "variant": "v"}, "runs": [run]}
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [facts, *found]))
     written = write_page(tmp_path / "f.jsonl", tmp_path / "page.md", tmp_path / "pictures")

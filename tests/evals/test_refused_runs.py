@@ -8,22 +8,13 @@ from typing import Any
 
 import fake_system
 import pytest
+from helpers import told
 
 from apb_jax.errors import UserError
 from evals import cli
 from evals.__main__ import run as run_evals
 from evals.ruler import RulerTask
 from evals.store import ROWS, RunFolder, read_rows
-
-
-def told(error: str) -> str:
-    """The one line about what was wrong: nothing comes after it, and no traceback before."""
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, error
-    assert error.rstrip("\n").endswith(lines[0]), error
-    assert "Traceback" not in error
-    return lines[0]
-
 
 LATE = {
     "latency": (["latency", "--model", "small", "--repeats", "1", "--seq", "4k"], ["--seq", "2k"]),
