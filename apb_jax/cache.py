@@ -109,4 +109,6 @@ class TailCache(LayerKV):
         """This cache with M slots of one layer written, starting at each request's ``slot``."""
         batch = jnp.arange(k.shape[0])[:, None]
         slots = slot[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-        return TailCache(self.k.at[layer, batch, slots].set(k), self.v.at[layer, batch, slots].set(v))
+        mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS  # else a step reads every slot to keep what lies outside
+        put = lambda a, new: a.at[layer, batch, slots].set(new, mode=mode)  # noqa: E731
+        return TailCache(put(self.k, k), put(self.v, v))

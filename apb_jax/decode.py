@@ -149,7 +149,7 @@ def through(
 
     def attend(inputs: LayerInputs, tail: TailCache) -> tuple[Any, TailCache]:
         tail = tail.write(inputs.layer, new.slot, inputs.rotated()[1], inputs.v)
-        own_tail = tail.at(inputs.layer).alone(inputs.v.dtype)
+        own_tail = tail.at(inputs.layer)
         if placement.local > 1 and plan.method is None and not isinstance(inputs.rope, StringRope):
             kept = lengths.kept_on_device()
             asked = (kept, own_tail, new.slot, new.query_tokens)

@@ -75,7 +75,7 @@ def tune_decode(dim: int) -> dict[str, int]:
 
     def measure(fields):
         def run(q, k, v):
-            return decode.split(decode_call(q, k, v, keys, None, None), decode.Config(**fields))
+            return decode.split(decode_call(q, k, v, keys, None, None), decode.Config(**fields)).merged()
 
         return device_ms(run, sets)
 

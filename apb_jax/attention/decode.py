@@ -11,14 +11,14 @@ from apb_jax.attention.inputs import Cached, CachedLayer, LayerInputs, Shard
 from apb_jax.attention.merge import merge_partials, merge_shards
 from apb_jax.attention.placement import Placement
 from apb_jax.attention.remapped import Border, Interval, remapped_attention
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import Parts, decode_parts
 
 
 def attend_shard(
     q: Float[Array, "B M H D"],
     document: CachedLayer,
     kept_tokens: Int[Array, " B"],
-    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]],
+    tail: CachedLayer,
     tail_offset: Int[Array, " B"],
     shard: Shard,
     *,
@@ -33,17 +33,24 @@ def attend_shard(
     offset = None
     if query_tokens is not None:
         offset = jnp.where(owner, document.k.shape[2], kept_tokens - query_tokens)  # all rows: hides nothing
-    local = decode_attention(q, *document.stacks(), kept_tokens, offset, layer=document.layer)
-    rows = jnp.full_like(tail_offset, tail[0].shape[1])
-    new, new_lse = decode_attention(q, *tail, lengths=rows, causal_offset=tail_offset)
-    return merge_partials([local, (new, jnp.where(owner, new_lse, -jnp.inf))])
+    local = decode_parts(q, *document.stacks(), kept_tokens, offset, layer=document.layer)
+    return Parts.beside([local, _tail_parts(q, tail, tail_offset, owner if shard.count > 1 else None)]).merged()
+
+
+def _tail_parts(
+    q: Float[Array, "B M H D"], tail: CachedLayer, tail_offset: Int[Array, " B"], counted: Array | None
+) -> Parts:
+    """Attention over query and answer so far; ``counted``: a bool that empties it where it is False (None: True)."""
+    slots = jnp.full_like(tail_offset, tail.k.shape[2])
+    rows = slots if counted is None else jnp.where(counted, slots, 0)
+    return decode_parts(q, *tail.stacks(), rows, tail_offset, layer=tail.layer)
 
 
 def decode_sharded(
     q: Float[Array, "B M H D"],
     document: CachedLayer,
     kept_tokens: Int[Array, " B"],
-    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]],
+    tail: CachedLayer,
     tail_offset: Int[Array, " B"],
     shard: Shard,
     *,
@@ -58,7 +65,7 @@ def decode_on_device(
     q: Float[Array, "B M H D"],
     document: CachedLayer,
     kept_tokens: Int[Array, "B V"],
-    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]],
+    tail: CachedLayer,
     tail_offset: Int[Array, " B"],
     query_tokens: Int[Array, " B"] | None,
     placement: Placement,
@@ -67,7 +74,7 @@ def decode_on_device(
 
     The cache is read where it lies; its rows [V * C] of a request are V requests of C rows.
     """
-    count, (batch, rows) = placement.local, q.shape[:2]
+    count, batch = placement.local, q.shape[0]
     fold = lambda a: a.reshape(a.shape[0], batch * count, -1, *a.shape[3:])  # noqa: E731
     last = placement.on_device() == placement.shards - 1
     offset = None
@@ -75,14 +82,10 @@ def decode_on_device(
         offset = jnp.where(last, document.k.shape[2], kept_tokens - query_tokens[:, None]).reshape(-1)
     many = jnp.repeat(q, count, axis=0)
     k, v = jax.tree.map(fold, document.stacks())
-    out, lse = decode_attention(many, k, v, kept_tokens.reshape(-1), offset, layer=document.layer)
-    outs, lses = out.reshape(batch, count, rows, *out.shape[2:]), lse.reshape(batch, count, *lse.shape[1:])
-    slots = jnp.full_like(tail_offset, tail[0].shape[1])
-    new, new_lse = decode_attention(q, *tail, lengths=slots, causal_offset=tail_offset)
-    parts = [(outs[:, i], lses[:, i]) for i in range(count)]
-    own = merge_partials([*parts, (new, jnp.where(jnp.any(last), new_lse, -jnp.inf))])
-    whole = own[0] if placement.devices == 1 else merge_shards(*own, Placement(placement.devices))
-    return whole.astype(q.dtype)
+    local = decode_parts(many, k, v, kept_tokens.reshape(-1), offset, layer=document.layer).of_batch(count)
+    counted = None if placement.devices == 1 else jnp.any(last)
+    own = Parts.beside([local, _tail_parts(q, tail, tail_offset, counted)]).merged()
+    return merge_shards(*own, Placement(placement.devices)).astype(q.dtype)
 
 
 def attend_remapped(
@@ -113,8 +116,9 @@ def attend_remapped(
         hidden = stop + row - cached.query_tokens[:, None] + 1
         stop = jnp.where(owner, stop, jnp.minimum(stop, hidden))
     local = part(cached.document.alone(x.q.dtype), cached.kept_positions, stop)
-    slots = jnp.arange(cached.tail[0].shape[1], dtype=jnp.int32)[None]
-    new, lse = part(cached.tail, cached.tail_position[:, None] + slots, cached.tail_offset[:, None] + row + 1)
+    slots = jnp.arange(cached.tail.k.shape[2], dtype=jnp.int32)[None]
+    own, places = cached.tail.alone(x.q.dtype), cached.tail_position[:, None] + slots
+    new, lse = part(own, places, cached.tail_offset[:, None] + row + 1)
     return merge_partials([local, (new, jnp.where(owner, lse, -jnp.inf))])
 
 

@@ -162,7 +162,7 @@ class Cached:
     kept_tokens: Int[Array, " B"]
     """Rows of ``document`` that exist."""
     kept_positions: Int[Array, "B C"]
-    tail: tuple[Float[Array, "B W K D"], Float[Array, "B W K D"]]
+    tail: CachedLayer
     """Query and answer so far, counted by the last shard only; row i sees slots j <= i + ``tail_offset``."""
     tail_offset: Int[Array, " B"]
     tail_position: Int[Array, " B"]

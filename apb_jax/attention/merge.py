@@ -33,8 +33,11 @@ def merge_shards(
 ) -> Float[Array, "B S H D"]:
     """Merge every shard's partial attention; float32, the same on all shards.
 
-    Collectives: one ``pmax`` of [B, H, S] and one ``psum`` of [B, S, H, D + 1] (numerator and denominator together).
+    Collectives, unless the shard is the only one: one ``pmax`` of [B, H, S] and one ``psum`` of [B, S, H, D + 1]
+    (numerator and denominator together).
     """
+    if placement.shards == 1:
+        return out
     top = placement.pmax(lse)
     weight = jnp.swapaxes(jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top)), 1, 2)[..., None]
     both = jnp.concatenate([out.astype(jnp.float32) * weight, weight], axis=-1)

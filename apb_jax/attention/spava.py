@@ -175,7 +175,8 @@ class Spava(AttentionMethod):
         kept_k, own = self.keep(ka, jnp.concatenate([k1, k2], axis=1), shard)
         kept_v, _ = self.keep(va, jnp.concatenate([v1, v2], axis=1), shard)
         zero = jnp.zeros_like(shard.query_tokens)
-        out_query = decode_sharded(qq, CachedLayer.of(kept_k, kept_v), own + exists, (kq, vq), zero, shard)
+        seen = CachedLayer.of(kept_k, kept_v), own + exists, CachedLayer.of(kq, vq)
+        out_query = decode_sharded(qq, *seen, zero, shard)
         causal = RowSegment(anchor, start=0, offset=0, end=anchor)
         out_anchor, _ = attend(Queries(qa), (Keys(ka, va),), (causal,), kernels)
 

@@ -102,7 +102,7 @@ class StarX(Star):
         tail_rows = jnp.where(shard.index == shard.count - 1, cached.tail_offset + cached.rows, 0)
         width = q.shape[1]
         scored = jnp.concatenate([sigma, keys[:, :width].astype(jnp.float32)], axis=1)
-        scored = _append(scored, cached.tail[0].astype(jnp.float32), cached.kept_tokens + 1)
+        scored = _append(scored, cached.tail.alone(q.dtype)[0].astype(jnp.float32), cached.kept_tokens + 1)
         raw = shard_weight(q, scored, cached.rows, 1 + cached.kept_tokens + tail_rows, self.stride)
         # The exact merge with another weight: one score per head stands where each row's log-sum-exp would.
         return merge_shards(out, jnp.broadcast_to(raw[..., None], lse.shape), shard.placement).astype(q.dtype)

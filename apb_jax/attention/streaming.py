@@ -107,6 +107,6 @@ class Streaming(AttentionMethod):
         parts = [
             part(at_slot, document, jnp.zeros_like(oldest), jnp.minimum(jnp.minimum(oldest, sinks), stop)),
             part(q, document, oldest, stop),
-            part(q, cached.tail, tail_first, cached.tail_offset[:, None] + row + 1),
+            part(q, cached.tail.alone(x.q.dtype), tail_first, cached.tail_offset[:, None] + row + 1),
         ]
         return merge_shards(*merge_partials(parts), shard.placement).astype(q.dtype)

@@ -94,8 +94,15 @@ class Transformer(nnx.Module):
             branches = [functools.partial(layer_of, spec) for spec in kinds]
             return jax.lax.switch(jnp.asarray(numbers)[step[0]], branches, state, step)
 
-        def scan(body: Any, state: tuple[Any, Any], xs: tuple[Any, Any]) -> tuple[Any, Any]:
+        def scan(body: Any, state: tuple[Any, Any], low: int, high: int) -> tuple[Any, Any]:
+            own = _between(weights, low, high, self.config.num_layers)
+            xs = jnp.arange(low, high, dtype=jnp.int32), own
             return jax.lax.scan(jax.checkpoint(body) if remat else body, state, xs)[0]
+
+        def count_up(body: Any, state: tuple[Any, Any], low: Array | int, high: Array | int) -> tuple[Any, Any]:
+            # The number of a layer is the loop's own counter: a step launches nothing to look it up.
+            step = lambda at: (at[0] + 1, body(at[1], (at[0], None))[0])  # noqa: E731
+            return jax.lax.while_loop(lambda at: at[0] < high, step, (jnp.asarray(low, jnp.int32), state))[1]
 
         runs, last = self.config.runs, self.config.num_layers
         state = (x, carry)
@@ -105,12 +112,11 @@ class Transformer(nnx.Module):
             for run in runs:
                 low, high = max(run.start, first), min(run.start + run.count, last)
                 if low < high:
-                    own = _between(weights, low, high, self.config.num_layers) if start is None else None
-                    steps = jnp.arange(low, high, dtype=jnp.int32)
-                    state = scan(functools.partial(layer_of, run.spec), state, (steps, own))
+                    loop = scan if start is None else count_up
+                    state = loop(functools.partial(layer_of, run.spec), state, low, high)
             return state
         body = functools.partial(layer_of, runs[0].spec) if len(runs) == 1 else any_layer
-        return scan(body, state, (start + jnp.arange(count or last, dtype=jnp.int32), None))
+        return count_up(body, state, start, start + (count or last))
 
     def logits(self, x: Float[Array, "B S E"], where: Where = WHOLE) -> Float[Array, "B S V"]:
         """Final norm and head, float32; an ``all_gather`` over each axis that the head's columns are split over."""

@@ -25,7 +25,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class DecodeCall:
-    """q [B, M, H, D], k and v [B, T, K, D], lengths int32 [B], causal_offset None or int32 [B].
+    """q [B, M, H, D], k and v [B, T, K, D], lengths int32 [B], causal_offset None or int32 [B], any integers.
 
     With ``layer`` (int32 scalar) k and v are stacks of all layers, [L, B, T, K, D]. Keys and values of 8 bits come with
     ``k_scale`` and ``v_scale``, float32, of their shape without D: a value is its code times its row's scale.
@@ -96,6 +96,17 @@ class DecodeCall:
         return dataclasses.replace(self, q=self.q.astype(jnp.float32), k=k, v=v, k_scale=None, v_scale=None)
 
     @property
+    def limits(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Lengths and offsets below and above which nothing changes."""
+        return (0, self.keys), (-self.q.shape[1], self.keys)
+
+    def clipped(self) -> "DecodeCall":
+        """The same call with lengths and offsets within their limits: kernels do it themselves, without a launch."""
+        lengths, offsets = self.limits
+        offset = None if self.causal_offset is None else jnp.clip(self.causal_offset, *offsets)
+        return dataclasses.replace(self, lengths=jnp.clip(self.lengths, *lengths), causal_offset=offset)
+
+    @property
     def bounds(self) -> tuple[jax.Array, jax.Array]:
         """First key and end of each row's interval, int32 [B, M]."""
         batch, rows = self.q.shape[:2]
@@ -106,14 +117,15 @@ class DecodeCall:
 
 
 def _per_batch(value: jax.Array | int, limits: tuple[int, int], batch: int, name: str) -> jax.Array:
-    array = jnp.asarray(clip(value, *limits), jnp.int32)
+    whole = value if isinstance(value, jax.Array) and value.dtype == jnp.int32 else clip(value, *limits)
+    array = jnp.asarray(whole, jnp.int32)
     if array.shape not in ((), (batch,)):
         raise KernelInputError(f"{name} has shape {array.shape}; it must be ({batch},)")
     return jnp.broadcast_to(array, (batch,))
 
 
 def make_call(q, k, v, lengths, causal_offset, scale, layer=None) -> DecodeCall:
-    """Validate, clip lengths and offsets to what changes anything, and let all arrays vary over the same mesh axes."""
+    """Validate, bring lengths and offsets to 32 bits, and let all arrays vary over the same mesh axes."""
     (k, k_scale), (v, v_scale) = ((a.values, a.scale) if isinstance(a, Codes) else (a, None) for a in (k, v))
     slots = k.shape[-3]
     lengths = _per_batch(lengths, (0, slots), q.shape[0], "lengths")

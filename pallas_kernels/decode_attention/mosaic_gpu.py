@@ -1,4 +1,4 @@
-"""Decoding for Hopper in Pallas Mosaic GPU: the cache is split over blocks of threads, partials are merged.
+"""Decoding for Hopper in Pallas Mosaic GPU: the cache is split over blocks of threads, partials are left to merge.
 
 All query heads of a KV head and all rows go into the 64 rows of one wgmma, so every key and value is read
 once. Each block of threads streams its part of the keys through shared memory; a small XLA program merges.
@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax import lax
 from pallas_kernels import tuned
 from pallas_kernels.compat import array_type, load_smem, transpose_smem
 from pallas_kernels.decode_attention.call import DecodeCall
-from pallas_kernels.decode_attention.parts import merged, packed
+from pallas_kernels.decode_attention.parts import Parts, packed
 from pallas_kernels.device import Device, current, refuse_unless_hopper
 from pallas_kernels.flash_attention import mosaic_gpu as prefill
 from pallas_kernels.flash_attention.call import AttentionCall
@@ -51,7 +50,9 @@ def refuse(call: DecodeCall, device: Device) -> str | None:
     return None
 
 
-def _kernel(q_ref, k_ref, v_ref, lengths, offsets, layer, out_ref, lse_ref, scratch, *, config, scale, group, causal):
+def _kernel(
+    q_ref, k_ref, v_ref, lengths, offsets, layer, out_ref, lse_ref, scratch, *, config, scale, limits, group, causal
+):
     """One block of threads: 64 packed rows of one KV head against one part of the keys."""
     (q_smem, k_smem, v_smem, out_smem, lse_smem), (q_ready, k_ready, v_ready), (k_free, v_free) = scratch
     block_keys, stages = config.block_keys, config.stages
@@ -62,7 +63,7 @@ def _kernel(q_ref, k_ref, v_ref, lengths, offsets, layer, out_ref, lse_ref, scra
     dim = q_smem.shape[-1]
     used_rows = out_smem.shape[0]
 
-    length, offset = lengths[batch], offsets[batch]
+    length, offset = (jnp.clip(ref[batch], *both) for ref, both in zip((lengths, offsets), limits, strict=True))
     row = row_tile * TILE_ROWS
     if causal:  # the last packed row of this tile bounds the keys that any of its rows sees
         length = jnp.minimum(length, offset + lax.div(row + TILE_ROWS - 1, jnp.int32(group)) + 1)
@@ -155,8 +156,8 @@ def _kernel(q_ref, k_ref, v_ref, lengths, offsets, layer, out_ref, lse_ref, scra
                 plgpu.copy_gmem_to_smem(ref.at[window], tiles.at[slot], ready.at[slot])
 
 
-def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
-    """out float32 [B, M, H, D] and lse_nat float32 [B, H, M] of packed rows, the keys split over the chip."""
+def split(call: DecodeCall, config: Config) -> Parts:
+    """Attention of packed rows, the keys split over the chip."""
     batch, rows, heads, dim = call.q.shape
     if call.keys % 8:  # the height of a shared-memory tile
         call = call.one_layer()
@@ -191,7 +192,7 @@ def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
 
     def entry(*refs):
         def body(*scratch):
-            _kernel(*refs, scratch, config=config, scale=call.scale, group=group, causal=causal)
+            _kernel(*refs, scratch, config=config, scale=call.scale, limits=call.limits, group=group, causal=causal)
 
         pl.run_scoped(body, arrays, (plgpu.Barrier(), ready, ready), (ready, ready), collective_axes="groups")
 
@@ -205,18 +206,18 @@ def split(call: DecodeCall, config: Config) -> tuple[jax.Array, jax.Array]:
         thread_name="groups",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(q, k, v, call.lengths, offset, layer)
-    return merged(out[:, :, :, : rows * group], lse[:, :, :, : rows * group], rows)
+    return Parts(out[:, :, :, : rows * group], lse[:, :, :, : rows * group], rows)
 
 
-def mosaic_gpu(call: DecodeCall, config: Config | None = None) -> tuple[jax.Array, jax.Array]:
-    """out float32 [B, M, H, D] and lse_nat float32 [B, H, M]."""
+def mosaic_gpu(call: DecodeCall, config: Config | None = None) -> Parts:
+    """Attention over parts of the keys, or over all of them where the rows are many."""
     rows, heads = call.q.shape[1:3]
     if rows * (heads // call.kv_heads) <= MOST_PACKED_ROWS:
         if config is None:
             config = Config(**tuned.parameters("decode_attention", call.q.shape[-1], current()))
         return split(call, config)
-    call = call.one_layer()
+    call = call.one_layer().clipped()
     offset = call.keys if call.causal_offset is None else call.causal_offset
     segment = RowSegment(rows, start=0, offset=offset, end=call.lengths)
     out, lse = prefill.mosaic_gpu(AttentionCall(call.q, (call.k,), (call.v,), (segment,), call.scale))
-    return out.astype(jnp.float32), lse
+    return Parts.whole(out.astype(jnp.float32), lse, call.kv_heads)

@@ -6,12 +6,11 @@ The keys are split over the chip as in Flash-Decoding; the device's half is `tri
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_launch
 from pallas_kernels.decode_attention.call import DecodeCall
-from pallas_kernels.decode_attention.parts import merged, packed
+from pallas_kernels.decode_attention.parts import Parts, packed
 from pallas_kernels.device import Device, current, refuse_before_ada, refuse_before_ampere
 
 LOG2_E = math.log2(math.e)
@@ -52,8 +51,8 @@ def _config(call: DecodeCall, device: Device) -> Config:
     return LONG if hopper and call.k.dtype != jnp.int8 and call.keys >= LONG_KEYS else Config()
 
 
-def triton(call: DecodeCall, config: Config | None = None) -> tuple[jax.Array, jax.Array]:
-    """out float32 [B, M, H, D] and lse_nat float32 [B, H, M]."""
+def triton(call: DecodeCall, config: Config | None = None) -> Parts:
+    """Attention of packed rows, the keys split over the chip."""
     from pallas_kernels.decode_attention.triton_kernel import decode_8bit
 
     assert call.k_scale is not None
@@ -61,10 +60,7 @@ def triton(call: DecodeCall, config: Config | None = None) -> tuple[jax.Array, j
     config = config or _config(call, current())
     batch, rows, heads, dim = call.q.shape
     keys, kv_heads = call.keys, call.kv_heads
-    q = packed(call.q, kv_heads).astype(jnp.float32)
-    # Rows of q go to [-1, 1] by a power of two, where float16 holds bfloat16's bits; it comes back with the scores.
-    power = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(jnp.max(jnp.abs(q), axis=-1), jnp.finfo(jnp.float32).tiny))))
-    q16, q_scale = (q / power[..., None]).astype(jnp.float16), power * (call.scale * LOG2_E)
+    q = packed(call.q, kv_heads)
     stack = [a.reshape(-1, *a.shape[2:]) if call.layer is not None else a for a in (call.k, call.v)]
     scales = [a.reshape(-1, *a.shape[2:]) if call.layer is not None else a for a in (call.k_scale, call.v_scale)]
     layer = jnp.zeros((1,), jnp.int32) if call.layer is None else call.layer[None]
@@ -93,9 +89,12 @@ def triton(call: DecodeCall, config: Config | None = None) -> tuple[jax.Array, j
             "TILE": tile,
             "PARTS": parts,
             "BLOCK": config.block_keys,
+            "INT8": call.k.dtype == jnp.int8,
+            "DIGITS": 2 if call.q.dtype == jnp.bfloat16 else 3,
             "CAUSAL": causal,
+            "SCALE": call.scale * LOG2_E,
             "LOG2_E": LOG2_E,
         },
     )
-    out, lse = triton_launch.call(launch, q16, q_scale, *stack, *scales, call.lengths, offset, layer)
-    return merged(out, lse, rows)
+    out, lse = triton_launch.call(launch, q, *stack, *scales, call.lengths, offset, layer)
+    return Parts(out, lse, rows)

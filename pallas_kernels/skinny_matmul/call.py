@@ -18,6 +18,9 @@ Share = tuple[jax.Array | int, int]
 class MatmulCall:
     """x [R, I], stacks [L, I', O'] (in e4m3 [L, O', I']), place int32 [3]: layer, row share, column share (indices).
 
+    Where nothing is cut place is [1], the layer alone, which needs no launch to be put together.
+
+
     ``row_shares``, ``column_shares``: into how many parts rows (inputs) and columns (outputs) of each matrix are cut.
     """
 
@@ -59,7 +62,7 @@ class MatmulCall:
     def matrices(self) -> list[jax.Array]:
         """The matrices themselves, each [I, columns], in e4m3 [columns, I]: copies, unless XLA fuses them."""
         depth = self.x.shape[1]
-        layer, row, column = self.place
+        layer, row, column = self.place if len(self.place) > 1 else (*self.place, 0, 0)
         found = []
         for stack, width in zip(self.stacks, self.columns, strict=True):
             start, shape = (row * depth, column * width), (depth, width)
@@ -81,6 +84,7 @@ def make_call(
     for name, value in (("layer", layer), ("row_share", row), ("column_share", column)):
         if jnp.shape(value) != ():
             raise KernelInputError(f"{name} has an index of shape {jnp.shape(value)}; it must be a scalar")
-    place = jnp.stack([jnp.asarray(value, jnp.int32) for value in (layer, row, column)])
+    cut = row_share is not None or column_share is not None
+    place = jnp.stack([jnp.asarray(value, jnp.int32) for value in ((layer, row, column) if cut else (layer,))])
     x, matrices, place = vary_together((x, list(stacks), place))
     return MatmulCall(x, tuple(matrices), place, rows, columns)

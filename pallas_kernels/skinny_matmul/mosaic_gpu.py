@@ -95,7 +95,7 @@ def _kernel(x_ref, stack_refs, place, out_ref, scratch, *, config, columns):
     @pl.when(me == 1)
     def _memory():
         plgpu.set_max_registers(40, action="decrease")
-        layer, row_share, column_share = (place[i] for i in range(3))
+        layer, row_share, column_share = (place[0], place[1], place[2]) if place.shape[0] > 1 else (place[0], 0, 0)
         first_tile = 0
         for stack_ref, own in zip(stack_refs, columns, strict=True):
             tiles = -(-own // width)

@@ -17,6 +17,7 @@ from pallas_kernels.block_sparse_attention.call import make_call as block_sparse
 from pallas_kernels.decode_attention import Codes, decode_attention
 from pallas_kernels.decode_attention import triton as decode_triton
 from pallas_kernels.decode_attention.call import make_call as decode_call
+from pallas_kernels.decode_attention.reference import reference
 from pallas_kernels.flash_attention import RowSegment
 from pallas_kernels.flash_attention import triton as flash_triton
 from pallas_kernels.flash_attention.call import make_call
@@ -87,7 +88,7 @@ def test_decode_8bit(kind, rows, causal):
     behind = jnp.arange(150)[:, None] >= lengths[None, :, None, None]
     spoiled = [jnp.where(behind, jnp.nan, s) for s in (k_scale, v_scale)]
     hostile = (Codes(a, s) for a, s in zip((k, v), spoiled, strict=True))
-    out, lse = decode_triton.triton(decode_call(q, *hostile, lengths, offset, 0.002, layer))
+    out, lse = decode_triton.triton(decode_call(q, *hostile, lengths, offset, 0.002, layer)).merged()
     named = {"layer": layer, "scale": 0.002, "implementation": "reference"}
     want, want_lse = decode_attention(q, Codes(k, k_scale), Codes(v, v_scale), lengths, offset, **named)
     assert error(out, want) <= 1e-3
@@ -103,7 +104,7 @@ def test_mapped_decoding_reads_its_own_stack():
     lengths, layer = jnp.asarray([[40, 3], [7, 0], [25, 40]]), jnp.asarray([0, 1, 1])
 
     def shard(q, k, v, lengths, layer):
-        return decode_triton.triton(decode_call(q, k, v, lengths, None, None, layer))
+        return decode_triton.triton(decode_call(q, k, v, lengths, None, None, layer)).merged()
 
     arrays = q, k, v, lengths, layer
     got = jax.vmap(shard)(*arrays)
@@ -132,6 +133,26 @@ def test_skinny_products_of_e4m3_matrices(rows, share):
         for ours, theirs in zip(got, want, strict=True):
             assert ours.shape == theirs.shape
             assert error(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["skinny", "fp8", "int8"])
+def test_rows_taken_apart_into_digits(kind):
+    """NaN and infinity stay visible in their own row; zeros, outliers and small rows are exact to the last digit."""
+    rng = np.random.default_rng(9)
+    x = rng.standard_normal((6, 64)).astype(np.float16)
+    x[0], x[1, 5], x[2, 3], x[3, 7], x[4] = 0, np.nan, np.inf, 6e4, x[4] * np.float16(1e-3)
+    data = jnp.asarray(rng.standard_normal((1, 40, 64)), jnp.float32)
+    if kind == "skinny":
+        got = skinny_triton.triton(skinny_call(jnp.asarray(x), [data.astype(FP8)], jnp.int32(0), None, None))[0]
+        want = x.astype(np.float32) @ np.asarray(data.astype(FP8)[0], np.float32).T
+    else:
+        codes = [Codes(*quantise(data[..., None, :], CODES[kind]))] * 2
+        call = decode_call(jnp.asarray(x)[None, :, None], *codes, 40, None, 1.0)
+        got, want = (a[0, :, 0] for a in (decode_triton.triton(call).merged()[0], reference(call)[0]))
+    np.testing.assert_allclose(got[0], want[0], atol=1e-3)
+    for row in (3, 4, 5):
+        assert error(got[row], want[row]) <= (1e-6 if kind == "skinny" else 1e-3)
+    assert not np.isfinite(np.asarray(got[1:3])).any()
 
 
 def test_mapped_calls_are_one_launch():
