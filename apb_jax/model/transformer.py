@@ -99,10 +99,14 @@ class Transformer(nnx.Module):
             xs = jnp.arange(low, high, dtype=jnp.int32), own
             return jax.lax.scan(jax.checkpoint(body) if remat else body, state, xs)[0]
 
-        def count_up(body: Any, state: tuple[Any, Any], low: Array | int, high: Array | int) -> tuple[Any, Any]:
-            # The number of a layer is the loop's own counter: a step launches nothing to look it up.
-            step = lambda at: (at[0] + 1, body(at[1], (at[0], None))[0])  # noqa: E731
-            return jax.lax.while_loop(lambda at: at[0] < high, step, (jnp.asarray(low, jnp.int32), state))[1]
+        def count_up(body: Any, state: tuple[Any, Any], low: int, high: int, ahead: Array | int = 0) -> tuple[Any, Any]:
+            # The number of a layer is the loop's own counter: a step launches nothing to look it up. The bounds are
+            # constants, else XLA asks the device before every step whether there is another.
+            def step(at: tuple[Array, tuple[Any, Any]]) -> tuple[Array, tuple[Any, Any]]:
+                layer = at[0] if isinstance(ahead, int) else at[0] + ahead
+                return at[0] + 1, body(at[1], (layer, None))[0]
+
+            return jax.lax.while_loop(lambda at: at[0] < high, step, (jnp.int32(low), state))[1]
 
         runs, last = self.config.runs, self.config.num_layers
         state = (x, carry)
@@ -116,7 +120,7 @@ class Transformer(nnx.Module):
                     state = loop(functools.partial(layer_of, run.spec), state, low, high)
             return state
         body = functools.partial(layer_of, runs[0].spec) if len(runs) == 1 else any_layer
-        return count_up(body, state, start, start + (count or last))
+        return count_up(body, state, 0, count or last, ahead=start)
 
     def logits(self, x: Float[Array, "B S E"], where: Where = WHOLE) -> Float[Array, "B S V"]:
         """Final norm and head, float32; an ``all_gather`` over each axis that the head's columns are split over."""

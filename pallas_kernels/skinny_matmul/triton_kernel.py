@@ -18,7 +18,7 @@ def skinny_e4m3(
 
     x [ROWS, DEPTH]; w e4m3 [L, OWN * COLUMN_SHARES, DEPTH * ROW_SHARES]; place int32: layer, and if CUT row and column
     share; out float32 [PARTS, ROWS * DIGITS, COLUMNS], to be added up over parts and the digits of a row: the matrices'
-    columns behind each other, each from a multiple of BLOCK on. TILE: a power of two from ROWS * DIGITS on, 16 at least.
+    columns behind each other, each from a multiple of BLOCK on. TILE: a power of two from ROWS * DIGITS on, or 16.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     w_ptr, own, first = w_0, OWN_0, 0
