@@ -107,8 +107,11 @@ class TailCache(LayerKV):
         v: Float[Array, "B M K D"],
     ) -> TailCache:
         """This cache with M slots of one layer written, starting at each request's ``slot``."""
-        batch = jnp.arange(k.shape[0])[:, None]
-        slots = slot[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-        mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS  # else a step reads every slot to keep what lies outside
-        put = lambda a, new: a.at[layer, batch, slots].set(new, mode=mode)  # noqa: E731
+        if k.shape[0] == 1:  # slots of one request are one slice, which XLA writes in one launch
+            start = (layer, 0, slot[0], 0, 0)
+            put = lambda a, new: jax.lax.dynamic_update_slice(a, new[None], start)  # noqa: E731
+        else:
+            batch = jnp.arange(k.shape[0])[:, None]
+            slots = slot[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+            put = lambda a, new: a.at[layer, batch, slots].set(new)  # noqa: E731
         return TailCache(put(self.k, k), put(self.v, v))
