@@ -124,6 +124,7 @@ def score_command(argv: list[str]) -> None:
 
     samples, facts = read_samples(args.samples)
     runs = [json.loads(line) for line in (args.runs / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    runs = [run | {"arguments": without_paths(run["arguments"])} for run in runs]
     found = list(figures(samples, rows_of(args.runs), codec_of(facts["model"]).decode))
     if args.add:
         before, *cells = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.evidence import pictures
 from benchmarks.evidence.pictures import Row
-from benchmarks.evidence.units import METHODS
+from benchmarks.evidence.units import METHODS, Wanted, units
 from evals import plots
 from evals.tables import length_name
 
-WORDS = {
-    "apb": "apb, keys scored by the query (training-free)",
-    "apb_heads": "apb, keys scored by retaining heads",
-}
+LOST = 2.0
+"""Percent: a method below it at every length is named and not drawn."""
 
 
 def write_page(figures: Path, out: Path, folder: Path) -> list[Path]:
@@ -26,6 +25,7 @@ def write_page(figures: Path, out: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     parts = [_head(facts)]
     parts += [part for part in (make(rows, folder, out) for make in SECTIONS) if part]
+    parts.append(_missing(rows, facts["samples"]))
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [out, *sorted(folder.glob("real_*.png"))]
 
@@ -41,7 +41,8 @@ def _head(facts: Row) -> str:
             "",
             "SmolLM2-135M-Instruct (Llama architecture, 30 layers, 9 query and 3 KV heads, 8,192 positions), GGUF file",
             f"of `{data['model']}`; {run['device']}, bf16; {versions}.",
-            "APB, Star and their like run on 8 virtual shards of the one device. Samples:",
+            "APB, Star and their like run on 8 virtual shards of the one device. `apb` scores keys by the query and",
+            "needs no training; `apb_heads` and `locret` score them by [retaining heads](models.md). Samples:",
             f"seed {data['seed']}, variant `{data['variant']}`, under the model's own chat template, for which a",
             "length holds 64 tokens. Sizes that papers state for 128K are scaled with the length",
             "(`benchmarks/evidence/units.py`). Intervals are 95% Wilson intervals; the figures are",
@@ -69,12 +70,18 @@ def prose(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
+def bullet(text: str) -> str:
+    return textwrap.fill(
+        text, 120, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
 def _grid(rows: Sequence[Row], show: Callable[[Row], str]) -> str:
     """Methods down, lengths across."""
     lengths = sorted({r["length"] for r in rows})
     found = {(r["method"], r["length"]): r for r in rows}
     lines = [
-        [WORDS.get(m, m), *(show(found[m, n]) if (m, n) in found else "" for n in lengths)]
+        [m, *(show(found[m, n]) if (m, n) in found else "" for n in lengths)]
         for m in METHODS
         if any((m, n) in found for n in lengths)
     ]
@@ -89,72 +96,179 @@ def interval(r: Row) -> str:
     return f"{r['score']:.1f} [{r['low']:.0f}, {r['high']:.0f}] n={r['n']}"
 
 
+def _difference(r: Row, over: str = "full", digits: int = 1) -> str:
+    return f"{r[f'over_{over}']:+.{digits}f} ± {1.96 * r[f'over_{over}_se']:.{digits}f}"
+
+
 def _ruler(rows: Sequence[Row], folder: Path, out: Path) -> str:
-    every = [r for r in rows if r["section"] == "ruler"]
-    trained = [r for r in every if r["task"] == "over apb" and "over_apb" in r]
-    own = [r for r in every if r["task"] != "over apb"]
+    own = [r for r in rows if r["section"] == "ruler" and r["task"] != "over apb"]
     means = [r for r in own if r["task"] == "mean"]
     if not means:
         return ""
-    drawn = pictures.enough(own)
-    metrics = pictures.ruler_metrics(drawn)
-    counts = sorted({r["n"] for r in drawn if r["task"] != "mean"})
-    note = (
-        f"SmolLM2-135M-Instruct, 13 tasks, {counts[0]} to {counts[-1]} samples a cell, bands: 95% interval of the mean"
-    )
-    line = plots.score_over_length(metrics, pictures.sheet("RULER over length", note, folder / "real_ruler.png"))
-    grid = plots.task_grid(metrics, pictures.sheet("RULER by task", note, folder / "real_ruler_tasks.png"))
+    drawn = [r for r in pictures.enough(own) if r["task"] != "mean"]
+    lost = [m for m in METHODS if max([LOST, *(r["score"] for r in means if r["method"] == m)]) == LOST]
+    shown = [r for r in means if r["method"] not in lost]
+    left = ", ".join(m for m in lost if any(r["method"] == m for r in means))
+
+    def note(part: Sequence[Row]) -> str:
+        counts = [r["n"] for r in part]
+        return f"SmolLM2-135M-Instruct, RULER's 13 tasks, {min(counts)} to {max(counts)} samples a task"
+
+    known = note([r for r in drawn if r["method"] not in lost])
+    known += f"; 95% intervals{f'; left out: {left}, below {LOST:.0f}%' if left else ''}"
+    apart = pictures.over_full(shown, pictures.sheet("RULER: what each method loses", known, folder / "real_ruler.png"))
+    grid = pictures.tasks(drawn, pictures.sheet("RULER by task, %", note(drawn), folder / "real_ruler_tasks.png"))
 
     def against(r: Row) -> str:
-        if r["method"] == "full" or "over_full" not in r:
-            return ""
-        return f"{r['over_full']:+.2f} ± {1.96 * r['over_full_se']:.2f}"
+        return _difference(r, digits=2) if "over_full" in r else ""
 
     return "\n\n".join(
+        filter(
+            None,
+            [
+                "## RULER",
+                "Mean over the 13 tasks (every task counts the same), the pooled samples' interval and their number:",
+                _grid(means, interval),
+                "Difference to full attention over the same samples, in points of the pooled mean, ± 1.96 standard "
+                "errors:",
+                _grid([r for r in means if r["method"] != "full"], against),
+                _other_run(own),
+                _picture(apart, out, "difference to full attention by method and length"),
+                _picture(grid, out, "score by task"),
+                _lost(shown),
+                _by_task([r for r in own if r["method"] not in lost]),
+                _trained(rows),
+            ],
+        )
+    )
+
+
+def _pooled(rows: Sequence[Row]) -> float:
+    return float(sum(r["score"] * r["n"] for r in rows) / sum(r["n"] for r in rows))
+
+
+def _other_run(own: Sequence[Row]) -> str:
+    """Names the methods whose difference is to another run's full attention than the page's."""
+    tasks: dict[tuple[str, int], list[Row]] = {}
+    for r in own:
+        if r["task"] != "mean":
+            tasks.setdefault((r["method"], r["length"]), []).append(r)
+    names: list[str] = []
+    scores: dict[int, tuple[float, float]] = {}
+    for r in own:
+        here, full = tasks.get((r["method"], r["length"])), tasks.get(("full", r["length"]))
+        if "over_full" in r and here and full and r["pairs"] == r["n"] == sum(one["n"] for one in full):
+            theirs, ours = _pooled(here) - r["over_full"], _pooled(full)
+            if abs(theirs - ours) > 0.05:
+                names += [r["method"]] * (r["method"] not in names)
+                scores[r["length"]] = theirs, ours
+    if not names:
+        return ""
+    said = ", ".join(f"{a:.1f} and {b:.1f} at {length_name(n)}" for n, (a, b) in sorted(scores.items()))
+    return prose(
+        f"{' and '.join(names)} ran earlier, beside a full attention of their own on the same samples. Its pooled mean "
+        f"and this page's: {said}."
+    )
+
+
+def _lost(shown: Sequence[Row]) -> str:
+    """Methods above, beside and below full attention at each length, and where that changes, in words."""
+    other = [r for r in shown if r["method"] != "full" and "over_full" in r]
+    bullets = []
+    for length in sorted({r["length"] for r in other}):
+        sides: dict[str, list[str]] = {"above": [], "not told apart": [], "below": []}
+        for r in sorted((r for r in other if r["length"] == length), key=lambda r: -r["over_full"]):
+            beside = abs(r["over_full"]) <= 1.96 * r["over_full_se"]
+            side = "not told apart" if beside else "above" if r["over_full"] > 0 else "below"
+            sides[side].append(f"{r['method']} {_difference(r)}")
+        said = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+        bullets.append(bullet(f"{length_name(length)}: {said}."))
+    lines = [
+        "### What each method loses",
+        "Points against full attention, pooled, in their order; one in twenty such intervals misses by chance:",
+        "\n".join(bullets),
+    ]
+    first, last = min(r["length"] for r in shown), max(r["length"] for r in shown)
+    pairs = {m: {r["length"]: r for r in shown if r["method"] == m} for m in METHODS}
+    moved = []
+    for method in METHODS:
+        a, b = (pairs[method].get(n, {}) for n in (first, last))
+        if first < last and "over_full" in a and "over_full" in b:
+            change, noise = b["over_full"] - a["over_full"], math.hypot(a["over_full_se"], b["over_full_se"])
+            if abs(change) > 1.96 * noise:
+                moved.append(f"{method} {a['over_full']:+.1f} to {b['over_full']:+.1f}")
+    if moved and {first, last} <= set(pairs["full"]):
+        lines.append(
+            prose(
+                f"From {length_name(first)} to {length_name(last)} full attention itself falls from "
+                f"{pairs['full'][first]['score']:.1f} to {pairs['full'][last]['score']:.1f}, and differences change "
+                f"beyond their errors: {', '.join(moved)}."
+            )
+        )
+    return "\n\n".join(lines) if bullets else ""
+
+
+def _by_task(own: Sequence[Row]) -> str:
+    """Tasks on which a method lies apart from full attention."""
+    found = {(r["method"], r["length"], r["task"]): r for r in own}
+    grid = []
+    for (method, length, task), mean in found.items():
+        if task != "mean" or method == "full" or ("full", length, "mean") not in found:
+            continue
+        changes = sorted(
+            (round(r["score"] - found["full", length, name]["score"]), name.replace("niah_", ""))
+            for (m, n, name), r in found.items()
+            if (m, n) == (method, length) and name != "mean" and _outside(found["full", length, name], r)
+        )
+        grid.append({**mean, "apart": ", ".join(f"{name} {change:+d}" for change, name in changes) or "none"})
+    if not grid:
+        return ""
+    return "\n\n".join(
         [
-            "## RULER",
-            "Mean over the 13 tasks (every task counts the same), the pooled samples' interval and their number:",
-            _grid(means, interval),
-            "Difference to full attention over the same samples, in points of the pooled mean, ± 1.96 standard errors:",
-            _grid([r for r in means if r["method"] != "full"], against),
-            _picture(line, out, "mean score over length"),
-            _picture(grid, out, "score by task"),
-            _lost(own),
-            "\n".join(
-                f"- Trained heads against the training-free scorer, {length_name(r['length'])}, the same {r['pairs']} "
-                f"samples: {r['over_apb']:+.2f} ± {1.96 * r['over_apb_se']:.2f} points."
-                for r in trained
-            ),
+            "Tasks whose intervals do not meet full attention's, with the difference (`niah_` left out):",
+            _grid(grid, lambda r: r["apart"]),
         ]
     )
 
 
-def _lost(own: Sequence[Row]) -> str:
-    """What APB loses, in words."""
-    found = {(r["method"], r["length"], r["task"]): r for r in own}
-    lines = ["### What APB loses, and where"]
-    for method in ("apb", "apb_heads"):
-        for length in sorted({r["length"] for r in own if r["method"] == method}):
-            full, mine = found.get(("full", length, "mean")), found.get((method, length, "mean"))
-            if full is None or mine is None:
-                continue
-            changes = sorted(
-                (found[method, length, r["task"]]["score"] - r["score"], r["task"])
-                for r in own
-                if r["method"] == "full" and r["length"] == length and (method, length, r["task"]) in found
-            )
-            apart = [
-                f"{task} {change:+.0f}"
-                for change, task in changes
-                if task != "mean" and _outside(found["full", length, task], found[method, length, task])
+def _trained(rows: Sequence[Row]) -> str:
+    """What the retaining heads bring, and what they were taught."""
+    ruler = {(r["method"], r["length"], r["task"]): r for r in rows if r["section"] == "ruler"}
+    over = sorted((n, r) for (_, n, task), r in ruler.items() if task == "over apb" and "over_apb" in r)
+    if not over:
+        return ""
+    bullets = [
+        bullet(
+            "apb_heads against apb, the same samples: "
+            + "; ".join(f"{length_name(n)} {_difference(r, 'apb')} (n={r['pairs']})" for n, r in over)
+            + "."
+        )
+    ]
+    kinds = ("niah_single_2", "niah_single_3")
+    for method in ("apb_heads", "locret"):
+        lengths = sorted(n for m, n, task in ruler if (m, task) == (method, "mean"))
+        if all((m, n, kind) in ruler for m in ("full", method) for n in lengths for kind in kinds):
+            said = [
+                f"{what} "
+                + ", ".join(
+                    f"{ruler[method, n, kind]['score']:.0f} ({ruler['full', n, kind]['score']:.0f}) at {length_name(n)}"
+                    for n in lengths
+                )
+                for what, kind in zip(("numbers", "UUIDs"), kinds, strict=True)
             ]
-            kept = 100 * mine["score"] / full["score"] if full["score"] else 0.0
-            text = (
-                f"{WORDS[method]}, {length_name(length)}: {mine['score']:.1f} of full attention's "
-                f"{full['score']:.1f} ({kept:.0f}%). Tasks whose intervals do not meet: {', '.join(apart) or 'none'}."
-            )
-            lines += textwrap.wrap(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join(lines) if len(lines) > 1 else ""
+            bullets.append(bullet(f"{method} (full) on needles in essays: {'; '.join(said)}."))
+    return "\n\n".join(
+        [
+            "### What trained heads bring",
+            prose(
+                "The heads were trained on RULER's needle sentence with 7-digit numbers in a novel, on questions of "
+                "HotpotQA and on prose (`benchmarks/evidence/prepare.py`). No text or question is tested on, but that "
+                "sentence is; sentences with UUIDs are not among them. Besides, Locret answers from an eighth of "
+                "the keys, at positions assigned anew; which of the three does what was not measured."
+            ),
+            "\n".join(bullets),
+        ]
+    )
 
 
 def _outside(a: Row, b: Row) -> bool:
@@ -178,26 +292,55 @@ def _perplexity(rows: Sequence[Row], folder: Path, out: Path) -> str:
     own = [r for r in rows if r["section"] == "perplexity"]
     if not own:
         return ""
+    full = {r["length"]: r for r in own if r["method"] == "full"}
+    bare = False
+
+    def over(r: Row) -> float | None:
+        """Nats a token above full attention; from the two means where the texts of both are as many."""
+        if "nll_over_full" in r:
+            return float(r["nll_over_full"])
+        theirs = full.get(r["length"])
+        return math.log(r["perplexity"] / theirs["perplexity"]) if theirs and theirs["n"] == r["n"] else None
 
     def show(r: Row) -> str:
-        if "nll_over_full" not in r:
+        nonlocal bare
+        nats = over(r)
+        if nats is None or r["method"] == "full":
             return f"{r['perplexity']:.3f} n={r['n']}"
-        return f"{r['perplexity']:.3f} ({r['nll_over_full']:+.4f} ± {1.96 * r['nll_over_full_se']:.4f} nats)"
+        bare |= "nll_over_full" not in r
+        half = f" ± {1.96 * r['nll_over_full_se']:.4f}" if "nll_over_full" in r else ""
+        return f"{r['perplexity']:.3f} ({nats:+.4f}{half})"
 
+    grid = _grid(own, show)
     text = (
-        "Perplexity of the last 511 tokens of a text whose first part went through each method's prefill (essays; in\n"
-        "brackets the difference to full attention per token, over the same texts):"
+        "Perplexity of the last 511 tokens of a text whose first part went through each method's prefill (essays); in "
+        "brackets the nats a token above full attention on the same texts."
     )
-    return "\n\n".join(["## Perplexity", text, _grid(own, show)])
+    if bare:
+        text += " Without an interval: the difference of the means, where full attention ran apart."
+    longest = max(r["length"] for r in own)
+    ruler = {r["method"]: r for r in rows if r["section"] == "ruler" and r["task"] == "mean" and r["length"] == longest}
+    here = [
+        (nats, r) for r in own if r["length"] == longest and (nats := over(r)) is not None and r["method"] != "full"
+    ]
+    parts = ["## Perplexity", prose(text), grid]
+    if len(here) > 1:
+        nats, most = max(here, key=lambda item: item[0])
+        beside = ruler.get(most["method"], {})
+        said = f", where RULER has {_difference(beside)} points" if "over_full" in beside else ""
+        parts.append(prose(f"The most at {length_name(longest)}: {most['method']}, {nats:+.4f} nats{said}."))
+    return "\n\n".join(parts)
 
 
 def _needles(rows: Sequence[Row], folder: Path, out: Path) -> str:
     cells = pictures.heat(rows, "needle")
     if not cells:
         return ""
-    note = "SmolLM2-135M-Instruct, nine needles a cell in essays"
-    path = plots.needle_heatmap(cells, pictures.sheet("Needles by depth and length", note, folder / "real_needle.png"))
-    means = [r for r in rows if r["section"] == "needle" and r["depth"] == "mean"]
+    own = [r for r in rows if r["section"] == "needle"]
+    counts = [r["n"] for r in own if r["depth"] != "mean"]
+    note = f"SmolLM2-135M-Instruct, essays,\n{min(counts)} to {max(counts)} needles a cell"
+    path = plots.needle_heatmap(cells, pictures.sheet("Needles by depth", note, folder / "real_needle.png"))
+    means = [r for r in own if r["depth"] == "mean"]
     return "\n\n".join(["## Needles", _grid(means, interval), _picture(path, out, "needle heat map")])
 
 
@@ -209,7 +352,7 @@ def _receipts(rows: Sequence[Row], folder: Path, out: Path) -> str:
         return ""
     lines = [
         [
-            WORDS.get(r["method"], r["method"]), length_name(r["length"]), str(r["receipts"]), f"{r['mean']['kl']:.4f}",
+            r["method"], length_name(r["length"]), str(r["receipts"]), f"{r['mean']['kl']:.4f}",
             f"{r['mean']['kl_answer']:.4f}", f"{100 * r['mean']['top1_answer']:.1f}%", f"{r['lost']} of {r['n']}",
             *(f"{r['auc'][s][0]:.2f} ± {1.96 * r['auc'][s][1]:.2f}" if s in r["auc"] else "" for s in SHOWN),
         ]
@@ -247,9 +390,9 @@ def _receipts(rows: Sequence[Row], folder: Path, out: Path) -> str:
             )
     if shown:
         lengths = " and ".join(length_name(n) for n in sorted({r["length"] for r in each}))
-        note = f"SmolLM2-135M-Instruct, RULER at {lengths}; a method that loses every answer is left out"
+        note = f"SmolLM2-135M-Instruct, RULER at {lengths}; black: all that keep some, 95% intervals; grey: the others"
         path = pictures.receipts(
-            shown, pictures.sheet("Lost answers over the receipt", note, folder / "real_receipts.png")
+            shown, pooled["all"], pictures.sheet("Lost answers over the receipt", note, folder / "real_receipts.png")
         )
         parts.append(_picture(path, out, "answers lost over the receipt's KL and over its top-1 agreement"))
     return "\n\n".join(parts)
@@ -265,27 +408,23 @@ def _sweep(rows: Sequence[Row], folder: Path, out: Path) -> str:
     found = {(r["anchor"], r["passing"]): r for r in own}
     anchors, passings = sorted({a for a, _ in found}), sorted({p for _, p in found})
     lines = [[str(a), *(interval(found[a, p]) if (a, p) in found else "" for p in passings)] for a in anchors]
-    asked = ("ruler", "full", 8192, "mean")
-    place = ("section", "method", "length", "task")
-    full = next((r for r in rows if tuple(r.get(name) for name in place) == asked), None)
-    note = f"SmolLM2-135M-Instruct, RULER at 8K, 13 tasks, {own[0]['n']} samples a point, 8 shards; bands: Wilson"
-    path = pictures.sweep(own, full, pictures.sheet("Which budget buys it back", note, folder / "real_sweep.png"))
     best = max(own, key=lambda r: r["score"])
     beside = ""
     if "over_full" in best:
         half = 1.96 * best["over_full_se"]
         beside = f", {best['over_full']:+.1f} ± {half:.1f} points against full attention on the same samples"
-    return "\n\n".join(
-        [
-            "## Which budget buys it back",
-            "apb at 8K, keys scored by the query: anchor tokens down, passing tokens across.",
-            table(["anchor", *map(str, passings)], lines),
-            prose(
-                f"Best: an anchor of {best['anchor']} with {best['passing']} passing tokens, {interval(best)}{beside}."
-            ),
-            _picture(path, out, "score over anchor and passing"),
-        ]
-    )  # fmt: skip
+    parts = [
+        "## Which budget buys it back",
+        "apb at 8K, keys scored by the query: anchor tokens down, passing tokens across.",
+        table(["anchor", *map(str, passings)], lines),
+        prose(f"Best: an anchor of {best['anchor']} with {best['passing']} passing tokens, {interval(best)}{beside}."),
+    ]
+    paired = [r for r in own if "over_full" in r]
+    if paired:
+        note = f"SmolLM2-135M-Instruct, RULER at 8K, {best['n']} samples a point; 95% intervals, same samples"
+        path = pictures.sweep(paired, pictures.sheet("Which budget buys it back", note, folder / "real_sweep.png"))
+        parts.append(_picture(path, out, "difference to full attention over anchor and passing"))
+    return "\n\n".join(parts)
 
 
 def _beyond(rows: Sequence[Row], folder: Path, out: Path) -> str:
@@ -294,10 +433,10 @@ def _beyond(rows: Sequence[Row], folder: Path, out: Path) -> str:
         return ""
     trained = [r for r in rows if r["section"] in ("perplexity", "needle") and r["method"] in ("full", "apb")]
     parts = ["## Beyond the trained length, and STRING within it"]
-    for section, title in (("beyond", "16K and 32K"), ("string", "STRING at 4K to 8K")):
-        part = [r for r in own if r["section"] == section] + (
-            [dict(r, rope="") for r in trained] if section == "string" else []
-        )
+    for section, title in (("beyond", "Beyond it"), ("string", "STRING within it")):
+        part = [r for r in own if r["section"] == section]
+        if section == "string" and part:
+            part += [dict(r, rope="") for r in trained]
         keys = sorted({(r["length"], r["method"], r["rope"]) for r in part})
         lines = []
         for length, method, rope in keys:
@@ -320,3 +459,49 @@ def _beyond(rows: Sequence[Row], folder: Path, out: Path) -> str:
 
 
 SECTIONS = (_ruler, _questions, _perplexity, _needles, _receipts, _sweep, _beyond)
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    *front, last = map(length_name, lengths)
+    return f"{', '.join(front)} and {last}" if front else last
+
+
+def _missing(rows: Sequence[Row], samples: Row) -> str:
+    """Cells that the sections have and the figures lack, and those that hold fewer samples than were prepared."""
+    have = {
+        (r["section"], r["method"], r["length"], r.get("rope", ""), r.get("measure", "")): r.get("n", 0)
+        for r in rows
+        if r["section"] in MISSING and r.get("depth", "mean") == "mean" and r.get("task", "mean") == "mean"
+    }
+    bullets, short = [], []
+    for section, title in MISSING.items():
+        cells: dict[int, dict[str, list[bool]]] = {}
+        for unit in units([Wanted.parse(section, METHODS, ())], 0):
+            measure = {"text": "perplexity", "needle": "needle"}.get(unit.kind, "")
+            n = have.get((section, unit.label, unit.length, unit.rope, measure))
+            cells.setdefault(unit.length, {}).setdefault(unit.label, []).append(n is not None)
+            made = samples.get("counts", {}).get(f"{unit.kind} {unit.length}", 0)
+            if n is not None and n < made and unit.kind != "text" and section != "receipts":
+                rope = f" {unit.rope}" if unit.rope else ""
+                short.append(f"{title} {length_name(unit.length)}, {unit.label}{rope} ({n} of {made})")
+        bare = sorted(n for n, found in cells.items() if not any(map(any, found.values())))
+        same: dict[tuple[int, ...], list[str]] = {}
+        for method in METHODS:
+            lengths = tuple(
+                sorted(n for n, found in cells.items() if n not in bare and not all(found.get(method, [1])))
+            )
+            if lengths:
+                same.setdefault(lengths, []).append(method)
+        said = [f"everything at {_lengths(bare)}"] if bare else []
+        said += [f"{', '.join(names)} at {_lengths(n)}" for n, names in same.items()]
+        if said:
+            bullets.append(bullet(f"{title}: {'; '.join(said)}."))
+    if short:
+        bullets.append(bullet(f"Fewer samples than prepared: {'; '.join(short)}."))
+    return "\n\n".join(["## Not measured", "\n".join(bullets) or "Nothing is left."])
+
+
+MISSING = {
+    "ruler": "RULER", "perplexity": "Perplexity", "needle": "Needles", "receipts": "Receipts",
+    "beyond": "Beyond the trained length", "string": "STRING within the trained length",
+}  # fmt: skip

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from apb_jax.errors import UserError
+from benchmarks.evidence import page
 from benchmarks.evidence.measure import _agreement, _nll, packed, unpacked
 from benchmarks.evidence.page import write_page
 from benchmarks.evidence.samples import Sample, read_samples, write_samples
 from benchmarks.evidence.score import auc, beside, exact, f1, figures, spearman
 from benchmarks.evidence.units import METHODS, Wanted, units
 from benchmarks.evidence.work import chosen, rows_of
-from benchmarks.real_evidence import without_paths
+from benchmarks.real_evidence import score_command, without_paths
 
 RUN = types.SimpleNamespace(count=None, receipt_count=1)
 
@@ -145,7 +146,53 @@ def test_rows_to_figures_to_a_page(tmp_path: Path) -> None:
     written = write_page(tmp_path / "f.jsonl", tmp_path / "page.md", tmp_path / "pictures")
     text = written[0].read_text()
     assert "python -m benchmarks.real_evidence run --samples samples.xz --count 2" in text
-    assert "apb, keys scored by the query (training-free), 8K: 50.0 of full attention's 100.0 (50%)" in text
+    assert "- 8K: not told apart: apb -50.0 ± 56.6." in text
+    assert "| apb | 20.085 (+1.0000 ± 0.0000) |" in text
+    assert "- RULER: everything at 2K and 4K; star, apb_heads," in text
+    assert "- Needles: everything at 2K, 4K and 6K; star," in text
     assert {path.name for path in written[1:]} == {
         f"real_{name}.png" for name in ("beyond", "needle", "receipts", "ruler", "ruler_tasks", "sweep")
     }
+
+
+def test_a_page_says_what_differs_and_beside_whose_full_attention() -> None:
+    """Sides by the interval, changes beyond the errors, an earlier full attention, few samples, heads' needles."""
+
+    def one(method: str, length: int, task: str, score: float, **more: float) -> dict:
+        place = {"section": "ruler", "method": method, "length": length, "task": task, "score": score, "n": 100}
+        return {**place, "low": score - 9, "high": score + 9, **more}
+
+    rows = []
+    for length, full, locret, over in ((2048, 77, 2, -8.0), (8192, 12, 0, 10.0)):
+        for method, score, mean in (("full", full, 40.0), ("locret", locret, 40.0 + over)):
+            own = [one(method, length, task, score) for task in ("niah_single_2", "niah_single_3")]
+            more = {} if method == "full" else {"over_full": over, "over_full_se": 1.0, "pairs": 200}
+            rows += [*own, {**one(method, length, "mean", mean, **more), "n": 200}]
+    rows.append(one("apb_heads", 2048, "over apb", 0, over_apb=1.93, over_apb_se=0.68, pairs=1285))
+    means = [r for r in rows if r["task"] == "mean"]
+    lost = page._lost(means)
+    assert "- 2K: below: locret -8.0 ± 2.0." in lost
+    assert "- 8K: above: locret +10.0 ± 2.0." in lost
+    assert lost.replace("\n", " ").endswith("change beyond their errors: locret -8.0 to +10.0.")
+    assert "10.0 and 77.0 at 2K, -10.0 and 12.0 at 8K" in page._other_run(rows).replace("\n", " ")
+    assert "| locret | single_2 -75, single_3 -75 | none |" in page._by_task(rows)
+    trained = page._trained(rows)
+    assert "apb_heads against apb, the same samples: 2K +1.9 ± 1.3 (n=1285)." in trained
+    assert "UUIDs 2 (77) at 2K, 0 (12) at 8K." in trained
+    missing = page._missing(means, {"counts": {"ruler 2048": 1285}})
+    assert "RULER 2K, full (200 of 1285); RULER 2K, locret (200 of 1285)." in missing
+
+
+def test_scores_keep_no_paths_and_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = types.SimpleNamespace(decode=lambda ids: "seven")
+    monkeypatch.setattr("benchmarks.evidence.prepare.codec_of", lambda model: decode)
+    write_samples(tmp_path / "s.xz", SAMPLES, {"model": "m"})
+    run = {"arguments": ["--samples", "/somewhere/s.xz"], "started": 1}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(run) + "\n")
+    row = {"unit": "ruler/ruler/full/8192", "key": SAMPLES[0].key, "tokens": packed([1])}
+    (tmp_path / "rows-0.jsonl").write_text(json.dumps(row) + "\n")
+    told = ["--samples", str(tmp_path / "s.xz"), "--runs", str(tmp_path), "--out", str(tmp_path / "f.jsonl")]
+    score_command(told)
+    score_command([*told, "--add"])
+    facts = json.loads((tmp_path / "f.jsonl").read_text().splitlines()[0])
+    assert facts["runs"] == [{"arguments": ["--samples", "samples.xz"], "started": 1}]
