@@ -186,21 +186,24 @@ def skinny(journal: Journal, config: ModelConfig) -> None:
 RECIPES = {"bf16": Precision(), "fp8": Precision.of("fp8"), "fp8 weights": Precision(weights="fp8")}
 
 
-def engine(journal: Journal, model: Any, lengths: tuple[int, int]) -> None:
-    """full and apb (8 shards) at the longer length, full at the shorter one, bf16 and then fp8."""
+def engine(journal: Journal, model: Any, lengths: tuple[int, int], recipes: Sequence[str], only: Sequence[str]) -> None:
+    """full and apb (8 shards) at the longer length, full at the shorter one, bf16 and then fp8.
+
+    ``only``: methods at lengths ("full@8192"); none means all.
+    """
     short, long = lengths
     cases = (("full", short, None, 2), ("apb", long, 8, 2), ("full", long, None, 1))
     made: dict[str, Any] = {}
     kept: dict[tuple[str, int], Any] = {}
     cost = {"full": 30.0, "apb": 20.0} if jax.default_backend() == "gpu" else {"full": 1.0, "apb": 1.0}
     for method, seq, shards, repeat in cases:
-        for word, precision in RECIPES.items():
+        for word in recipes if not only or f"{method}@{seq}" in only else ():
             name = f"{word:<11} {method:<4} {seq:>7} tokens"
             if not journal.room(name, cost[method] if seq == long else 10):
                 continue
             with journal.trying(name):
                 if word not in made:
-                    made[word] = engines.engine_at(model, precision, "full", None)
+                    made[word] = engines.engine_at(model, RECIPES[word], "full", None)
                     journal.tell(f"{word} weights on the device")
                 current = made[word].with_method(method, shards=shards)
                 base = kept.get((method, seq))
@@ -228,6 +231,8 @@ def main(argv: list[str]) -> int:
     """Exit status 1 where a variant failed."""
     parser = Parser(description=__doc__)
     parser.add_argument("--section", type=names, default=("linear", "skinny"), help=", ".join(SECTIONS))
+    parser.add_argument("--recipes", type=names, default=tuple(RECIPES), help=f"of engines: {', '.join(RECIPES)}")
+    parser.add_argument("--only", type=names, default=(), help="methods at lengths of engines: full@8192,apb@131072")
     parser.add_argument("--model", default="llama3.1-8b")
     parser.add_argument("--rows", type=int, default=20480)
     parser.add_argument("--limit-s", type=float, default=120)
@@ -246,7 +251,11 @@ def main(argv: list[str]) -> int:
         "skinny": lambda: skinny(journal, config),
         "compile": lambda: layers(journal, config, rows, "compile", in_place=False, hows=(CUBLAS, FREE)),
         "engine": lambda: engine(
-            journal, apb_jax.load("tiny" if args.small else args.model, weights="random"), lengths
+            journal,
+            apb_jax.load("tiny" if args.small else args.model, weights="random"),
+            lengths,
+            args.recipes,
+            args.only,
         ),
     }
     for section in args.section:
