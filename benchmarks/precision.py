@@ -19,7 +19,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -246,17 +246,12 @@ def main(argv: list[str]) -> int:
     rows, lengths = args.rows, (8192, 131072)
     if args.small:
         config, rows, lengths = dataclasses.replace(config, **SMALL), 256, (512, 1024)
+    random_model = apb_jax.load("tiny" if args.small else args.model, weights="random")
     steps: dict[str, Callable[[], None]] = {
         "linear": lambda: linear(journal, config, rows),
         "skinny": lambda: skinny(journal, config),
         "compile": lambda: layers(journal, config, rows, "compile", in_place=False, hows=(CUBLAS, FREE)),
-        "engine": lambda: engine(
-            journal,
-            apb_jax.load("tiny" if args.small else args.model, weights="random"),
-            lengths,
-            args.recipes,
-            args.only,
-        ),
+        "engine": lambda: engine(journal, random_model, lengths, args.recipes, args.only),
     }
     for section in args.section:
         with journal.trying(section):
