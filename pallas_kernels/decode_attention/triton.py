@@ -29,7 +29,7 @@ class Config:
 
 LONG = Config(block_keys=128, stages=3)
 LONG_KEYS = 32768
-"""From so many e4m3 keys on ``LONG`` is taken, on Hopper: measured at 8K and 128K, not between them."""
+"""From so many keys on ``LONG`` is taken, on Hopper: measured at 8K and 128K, not between them."""
 
 
 def refuse(call: DecodeCall, device: Device) -> str | None:
@@ -48,7 +48,7 @@ def refuse(call: DecodeCall, device: Device) -> str | None:
 
 def _config(call: DecodeCall, device: Device) -> Config:
     hopper = (device.compute_capability or (0, 0)) >= (9, 0)  # blocks before it have too little shared memory
-    return LONG if hopper and call.k.dtype != jnp.int8 and call.keys >= LONG_KEYS else Config()
+    return LONG if hopper and call.keys >= LONG_KEYS else Config()
 
 
 def triton(call: DecodeCall, config: Config | None = None) -> Parts:
@@ -90,7 +90,6 @@ def triton(call: DecodeCall, config: Config | None = None) -> Parts:
             "PARTS": parts,
             "BLOCK": config.block_keys,
             "INT8": call.k.dtype == jnp.int8,
-            "DIGITS": 2 if call.q.dtype == jnp.bfloat16 else 3,
             "CAUSAL": causal,
             "SCALE": call.scale * LOG2_E,
             "LOG2_E": LOG2_E,

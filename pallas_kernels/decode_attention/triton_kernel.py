@@ -1,62 +1,63 @@
-"""Decoding over an 8-bit cache in the Triton language: keys are multiplied as they lie in memory, values become 16-bit.
+"""Decoding over an 8-bit cache in the Triton language: nothing dequantised is written to memory.
 
-Scales multiply what the products give (keys) or take (probabilities), as in KIVI (arXiv 2402.02750): nothing
-dequantised is written to memory.
+Scales multiply what the products give (keys) or take (probabilities), as in KIVI (arXiv 2402.02750). e4m3 keys become
+float16 in registers, which holds them exactly; int8 keys are multiplied as integers; values become float16.
 """
 
 import triton
 import triton.language as tl
 
-from pallas_kernels.digits import e4m3_digit, power_of_two
 from pallas_kernels.online_softmax import finish
 
 
 @triton.jit
 def _halves(pairs, INT8: tl.constexpr):
-    """float16 of the first and of the second of two codes in int16, exact, in integer steps; e4m3 times 2^-8."""
-    if INT8:  # 1024 + 128 + code is a float16 whose last bits are those of code + 128
+    """float16 of the first and of the second of two codes in int16, exact."""
+    if INT8:  # 1024 + 128 + code is a float16 whose last bits are those of code + 128; conversions are slow
         first, second = (pairs & 0xFF) ^ 0x6480, ((pairs >> 8) & 0xFF) ^ 0x6480
         return first.to(tl.float16, bitcast=True) - 1152.0, second.to(tl.float16, bitcast=True) - 1152.0
-    else:  # exponent and mantissa move to where float16 has theirs
-        first, second = pairs << 8, pairs
-        first, second = (first & -32768) | ((first >> 1) & 0x3F80), (second & -32768) | ((second >> 1) & 0x3F80)
-        return first.to(tl.float16, bitcast=True), second.to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _digits(q, INT8: tl.constexpr, DIGITS: tl.constexpr):
-    """(three digits in the type of the codes, unit [R]) of rows q [R, D] float32, to base 16 (e4m3) or 256 (int8)."""
-    power, inverse = power_of_two(q)
-    if INT8:
-        whole = tl.floor(q * (inverse * 16256.0)[:, None] + 0.5).to(tl.int32)
-        high = (whole + 128) >> 8
-        return high.to(tl.int8), (whole - high * 256).to(tl.int8), high.to(tl.int8), power / 16256.0
     else:
-        q = q * (inverse * 128.0)[:, None]
-        number = tl.zeros(q.shape, tl.int32)
-        first, second = e4m3_digit(q, number, DIGITS), e4m3_digit(q, number + 1, DIGITS)
-        return first, second, e4m3_digit(q, number + 2, DIGITS), power / 128.0
+        first, second = pairs.to(tl.uint8), (pairs >> 8).to(tl.uint8)
+        return first.to(tl.float8e4nv, bitcast=True).to(tl.float16), second.to(tl.float8e4nv, bitcast=True).to(
+            tl.float16
+        )
 
 
 @triton.jit
-def _scores(q_0, q_1, q_2, k, INT8: tl.constexpr, DIGITS: tl.constexpr):
-    """float32 [R, T]: keys k [T, D] times the rows of these digits, in units of the rows."""
+def _prepared(q, INT8: tl.constexpr):
+    """(q_0, q_1, unit [R]) of rows q [R, D] float32: q_0 * unit for e4m3 keys, (256 q_0 + q_1) * unit for int8 ones.
+
+    float16 below 2 holds bfloat16's bits; two int8 hold 15 bits of a row's largest value. A row that holds NaN or
+    infinity has the unit NaN.
+    """
+    bits = tl.max(q.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1) & 0x7F800000  # as integers NaN is the largest
+    bits = tl.maximum(bits, 0x10000000)
+    power = tl.where(bits == 0x7F800000, float("nan"), bits.to(tl.float32, bitcast=True))
+    q *= (0x7F000000 - bits).to(tl.float32, bitcast=True)[:, None]
+    if INT8:
+        whole = tl.floor(q * 16256.0 + 0.5).to(tl.int32)
+        high = (whole + 128) >> 8
+        return high.to(tl.int8), (whole - high * 256).to(tl.int8), power / 16256.0
+    else:
+        return q.to(tl.float16), q.to(tl.float16), power
+
+
+@triton.jit
+def _scores(q_0, q_1, k, INT8: tl.constexpr):
+    """float32 [R, T]: rows as `_prepared` gives them times keys k [T, D], in units of the rows."""
     if INT8:
         k = tl.trans(k)
         return (tl.dot(q_0, k) * 256 + tl.dot(q_1, k)).to(tl.float32)
-    else:  # keys on the long side of the product: Hopper multiplies 8 bits in tiles of 64 alone
-        scores = tl.dot(k, tl.trans(q_0)) + tl.dot(k, tl.trans(q_1)) * 0.0625
-        if DIGITS == 3:
-            scores += tl.dot(k, tl.trans(q_2)) * 0.00390625
-        return tl.trans(scores)
+    else:
+        return tl.dot(q_0, tl.trans(k.to(tl.float16)))
 
 
 @triton.jit
 def _step(
-    q_0, q_1, q_2, q_scale, k_ptr, v_ptr, k_scale, v_scale, even, odd, peak, total, number, end, stop, head,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, INT8: tl.constexpr, DIGITS: tl.constexpr, MASKED: tl.constexpr,
+    q_0, q_1, q_scale, k_ptr, v_ptr, k_scale, v_scale, even, odd, peak, total, number, end, stop, head,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, INT8: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys ``number`` [T] against rows whose digits are [R, D]; base 2. peak and total [R] float32.
+    """One block of keys ``number`` [T] against prepared rows [R, D]; base 2. peak and total [R] float32.
 
     even, odd [R, D / 2] float32: sums of the values' even and odd channels. Values are read two by two: tensor cores
     want neighbouring keys of a channel beside each other, and shared memory turns 16 bits at a time, not 8.
@@ -75,7 +76,7 @@ def _step(
     else:
         k, v = tl.load(k_ptr + place), tl.load(v_ptr + pair)
         k_of, v_of = tl.load(k_scale + entry), tl.load(v_scale + entry)
-    scores = _scores(q_0, q_1, q_2, k, INT8, DIGITS) * (q_scale[:, None] * k_of[None, :])
+    scores = _scores(q_0, q_1, k, INT8) * (q_scale[:, None] * k_of[None, :])
     if MASKED:
         scores = tl.where((number < end)[None, :] & (number[None, :] < stop[:, None]), scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
@@ -87,7 +88,6 @@ def _step(
     inverse = tl.where(largest > 0, 1.0 / largest, 0.0)
     weights = (p * (v_of * inverse)[None, :]).to(tl.float16)
     first, second = _halves(v, INT8)
-    largest *= 1.0 if INT8 else 256.0
     even = even * decay[:, None] + tl.dot(weights, first) * largest
     odd = odd * decay[:, None] + tl.dot(weights, second) * largest
     return even, odd, new_peak, total * decay + tl.sum(p, axis=1)
@@ -98,7 +98,7 @@ def decode_8bit(
     q_ptr, k_ptr, v_ptr, k_scale, v_scale, lengths, offsets, layer, out_ptr, lse_ptr,
     BATCH: tl.constexpr, LAYERS: tl.constexpr, KEYS: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    INT8: tl.constexpr, DIGITS: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, LOG2_E: tl.constexpr,
+    INT8: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
     """Programs: (KV head and tile of packed rows, part of the keys, batch).
 
@@ -113,7 +113,7 @@ def decode_8bit(
     every = tl.arange(0, DIM)[None, :]
     corner = (batch * KV_HEADS + head) * ROWS + row
     q = tl.load(q_ptr + corner[:, None] * DIM + every, mask=exists[:, None], other=0.0).to(tl.float32)
-    q_0, q_1, q_2, q_scale = _digits(q, INT8, DIGITS)
+    q_0, q_1, q_scale = _prepared(q, INT8)
     q_scale *= SCALE
 
     length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), KEYS)
@@ -140,13 +140,13 @@ def decode_8bit(
     slot = tl.arange(0, BLOCK)
     for key in range(first, entire, BLOCK):
         even, odd, peak, total = _step(
-            q_0, q_1, q_2, q_scale, k_ptr, v_ptr, k_scale, v_scale, even, odd, peak, total, key + slot, end, stop,
-            head, KV_HEADS, DIM, INT8, DIGITS, False,
+            q_0, q_1, q_scale, k_ptr, v_ptr, k_scale, v_scale, even, odd, peak, total, key + slot, end, stop, head,
+            KV_HEADS, DIM, INT8, False,
         )  # fmt: skip
     for key in range(entire, end, BLOCK):
         even, odd, peak, total = _step(
-            q_0, q_1, q_2, q_scale, k_ptr, v_ptr, k_scale, v_scale, even, odd, peak, total, key + slot, end, stop,
-            head, KV_HEADS, DIM, INT8, DIGITS, True,
+            q_0, q_1, q_scale, k_ptr, v_ptr, k_scale, v_scale, even, odd, peak, total, key + slot, end, stop, head,
+            KV_HEADS, DIM, INT8, True,
         )  # fmt: skip
     out, lse = finish(even, peak, total, LOG2_E)
     out_odd, _ = finish(odd, peak, total, LOG2_E)

@@ -1,8 +1,7 @@
 """A few rows times e4m3 matrices of a layer in the Triton language, bound by reading those: Hopper and Ada.
 
-The rows are not rounded. Rounding them to 8 bits would cost a pass of their own for every product (a launch for the
-largest value, one for the rounding); widening the matrices, which 16-bit rows would need, is more work than memory
-leaves time for. The rows are taken apart into digits of 8 bits instead, which the tensor cores multiply as rows.
+The rows stay in 16 bits. Rounding them, too, would cost a pass of their own for every product (a launch for the largest
+value, one for the rounding), and a product that waits for memory is no faster for it.
 """
 
 import dataclasses
@@ -21,19 +20,20 @@ MULTIPROCESSORS = 132
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Columns of a block of threads, depth of a step, steps in flight, warps; blocks of threads that are wanted."""
+    """Columns of a block of threads, depth of a step, steps in flight, warps; blocks of threads that are wanted.
 
-    columns: int = 128
-    depth: int = 128
-    stages: int = 4
-    """The rows are in flight, too: fewer where they are many."""
+    Triton keeps steps in flight where a ``tl.dot`` reads them: with one row ``stages`` bounds the parts alone.
+    """
+
+    columns: int
+    depth: int
+    stages: int
     warps: int = 4
-    blocks_per_multiprocessor: int = 2
+    blocks_per_multiprocessor: int = 1
 
 
-MANY_ROWS = Config(depth=64, stages=3)
-FEW = 32
-"""Rows of digits up to which ``Config()`` is taken: beyond, blocks of Ada would have too little shared memory."""
+ONE_ROW = Config(columns=8, depth=512, stages=4)
+MORE_ROWS = Config(columns=128, depth=128, stages=3, blocks_per_multiprocessor=2)
 
 
 def refuse(call: MatmulCall, device: Device) -> str | None:
@@ -56,9 +56,7 @@ def triton(call: MatmulCall, config: Config | None = None) -> tuple[jax.Array, .
     from pallas_kernels.skinny_matmul.triton_kernel import skinny_e4m3
 
     rows, depth = call.x.shape
-    digits = 2 if call.x.dtype == jnp.bfloat16 else 3
-    tile = max(16, 1 << (rows * digits - 1).bit_length())
-    config = config or (Config() if tile <= FEW else MANY_ROWS)
+    config = config or (ONE_ROW if rows == 1 else MORE_ROWS)
     own = call.columns
     tiles = [-(-columns // config.columns) for columns in own]
     wanted = MULTIPROCESSORS * config.blocks_per_multiprocessor // sum(tiles)
@@ -68,7 +66,7 @@ def triton(call: MatmulCall, config: Config | None = None) -> tuple[jax.Array, .
         name="skinny_e4m3",
         kernel=skinny_e4m3,
         blocks=(sum(tiles), parts),
-        outputs=(((parts, rows * digits, sum(tiles) * config.columns), jnp.float32),),
+        outputs=(((parts, rows, sum(tiles) * config.columns), jnp.float32),),
         num_warps=config.warps,
         num_stages=config.stages,
         constants={
@@ -82,13 +80,11 @@ def triton(call: MatmulCall, config: Config | None = None) -> tuple[jax.Array, .
             "PARTS": parts,
             "BLOCK": config.columns,
             "STEP": config.depth,
-            "TILE": tile,
-            "DIGITS": digits,
+            "TILE": max(16, 1 << (rows - 1).bit_length()),
             "CUT": len(call.place) > 1,
         },
     )
     stacks = (*call.stacks, *call.stacks[-1:] * spare)
     (out,) = triton_launch.call(launch, call.x[None], *(stack[None] for stack in stacks), call.place[None])
     starts = [sum(tiles[:i]) * config.columns for i in range(len(tiles))]
-    out = out[0].reshape(parts, rows, digits, -1)
-    return tuple(out[..., start : start + columns].sum(axis=(0, 2)) for start, columns in zip(starts, own, strict=True))
+    return tuple(out[0, :, :, start : start + columns].sum(axis=0) for start, columns in zip(starts, own, strict=True))

@@ -1,9 +1,7 @@
-"""A few rows times e4m3 matrices in the Triton language: the matrices go to the tensor cores as they lie in memory."""
+"""A few rows times e4m3 matrices in the Triton language: 8 bits are read, 16 or 32 are multiplied."""
 
 import triton
 import triton.language as tl
-
-from pallas_kernels.digits import e4m3_digit, power_of_two
 
 
 @triton.jit
@@ -12,13 +10,13 @@ def skinny_e4m3(
     ROWS: tl.constexpr, DEPTH: tl.constexpr, ROW_SHARES: tl.constexpr, COLUMN_SHARES: tl.constexpr,
     OWN_0: tl.constexpr, OWN_1: tl.constexpr, OWN_2: tl.constexpr, TILES_0: tl.constexpr, TILES_1: tl.constexpr,
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr,
-    DIGITS: tl.constexpr, CUT: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
     """Programs: (tile of BLOCK columns of one of three matrices, part of the depth).
 
     x [ROWS, DEPTH]; w e4m3 [L, OWN * COLUMN_SHARES, DEPTH * ROW_SHARES]; place int32: layer, and if CUT row and column
-    share; out float32 [PARTS, ROWS * DIGITS, COLUMNS], to be added up over parts and the digits of a row: the matrices'
-    columns behind each other, each from a multiple of BLOCK on. TILE: a power of two from ROWS * DIGITS on, or 16.
+    share; out float32 [PARTS, ROWS, COLUMNS], the matrices' columns behind each other, each from a multiple of BLOCK.
+    One row is multiplied by the cores in float32, more of them (TILE at most) by the tensor cores in the dtype of x.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     w_ptr, own, first = w_0, OWN_0, 0
@@ -31,28 +29,32 @@ def skinny_e4m3(
         row_share, column_share = tl.load(place + 1), tl.load(place + 2)
     width: tl.constexpr = DEPTH * ROW_SHARES
     column = (tile - first) * BLOCK + tl.arange(0, BLOCK)
-    row = (layer.to(tl.int64) * COLUMN_SHARES + column_share) * own + tl.minimum(column, own - 1)  # a rest: not stored
+    exists = column < own
+    row = (layer.to(tl.int64) * COLUMN_SHARES + column_share) * own + column
     w_ptr += row[:, None] * width + row_share * DEPTH
     share: tl.constexpr = (DEPTH + PARTS * STEP - 1) // (PARTS * STEP) * STEP
     begin = part * share
     end = tl.minimum(begin + share, DEPTH)
-    inner, slot = tl.arange(0, STEP), tl.arange(0, TILE)
-    line, digit = slot // DIGITS, slot % DIGITS
-    given = (line < ROWS)[:, None]
-    unit = tl.exp2(-7.0 - 4.0 * digit.to(tl.float32))
+    inner = tl.arange(0, STEP)
     even: tl.constexpr = DEPTH % STEP == 0
-    total = tl.zeros((BLOCK, TILE), tl.float32)
-    for at in range(begin, end, STEP):
-        here = at + inner
-        there = (here < DEPTH)[None, :]
-        x = tl.load(x_ptr + line[:, None] * DEPTH + here[None, :], mask=given if even else given & there, other=0.0)
-        w = tl.load(w_ptr + here[None, :]) if even else tl.load(w_ptr + here[None, :], mask=there, other=0.0)
-        x = x.to(tl.float32)
-        power, inverse = power_of_two(x)
-        codes = e4m3_digit(x * (inverse * 128.0)[:, None], digit[:, None], DIGITS)
-        # Summed in float32 from step to step: inside a product Hopper keeps fewer bits.
-        total += tl.dot(w, tl.trans(codes)) * (power * unit)[None, :]
-    place_of = part * (ROWS * DIGITS) + slot
-    column = tile * BLOCK + tl.arange(0, BLOCK)
-    mask = (slot < ROWS * DIGITS)[None, :]
-    tl.store(out_ptr + place_of.to(tl.int64)[None, :] * COLUMNS + column[:, None], total, mask=mask)
+    corner = (part * ROWS).to(tl.int64) * COLUMNS + tile * BLOCK + tl.arange(0, BLOCK)
+    if ROWS == 1:
+        sums = tl.zeros((BLOCK, STEP), tl.float32)
+        for at in range(begin, end, STEP):
+            here = at + inner
+            there = exists[:, None] if even else exists[:, None] & (here < DEPTH)[None, :]
+            x = tl.load(x_ptr + here) if even else tl.load(x_ptr + here, mask=here < DEPTH, other=0.0)
+            w = tl.load(w_ptr + here[None, :], mask=there, other=0.0)
+            sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
+        tl.store(out_ptr + corner, tl.sum(sums, axis=1))
+    else:
+        one = tl.arange(0, TILE)
+        total = tl.zeros((BLOCK, TILE), tl.float32)
+        for at in range(begin, end, STEP):
+            here = at + inner
+            there = exists[:, None] if even else exists[:, None] & (here < DEPTH)[None, :]
+            given = (one < ROWS)[None, :] if even else (one < ROWS)[None, :] & (here < DEPTH)[:, None]
+            x = tl.load(x_ptr + one[None, :] * DEPTH + here[:, None], mask=given, other=0.0)
+            w = tl.load(w_ptr + here[None, :], mask=there, other=0.0)
+            total = tl.dot(w.to(x.dtype), x, total)
+        tl.store(out_ptr + corner[:, None] + one[None, :] * COLUMNS, total, mask=(one < ROWS)[None, :])
