@@ -22,7 +22,7 @@ from benchmarks.precision_hlo import hlo_facts
 from pallas_kernels.float8 import CUBLAS_ONLY, dequantise, product, quantise
 from pallas_kernels.skinny_matmul import skinny_matmul
 from pallas_kernels.skinny_matmul.call import make_call
-from pallas_kernels.skinny_matmul.triton import MORE_ROWS, ONE_ROW, Config, triton
+from pallas_kernels.skinny_matmul.triton import Config, triton
 
 PARITY_ROWS = 512
 ARITHMETIC_LIMIT = 1e-2
@@ -201,15 +201,11 @@ def read_ceiling(count: int) -> float:
     return count / seconds(jax.jit(lambda a: jnp.max(a)), x)
 
 
-def skinny_configs(rows: int) -> dict[str, Config]:
+def skinny_configs() -> dict[str, Config]:
     """Of the kernel on e4m3 matrices: the default and its neighbours."""
-    one = (
-        (16, 512, 3, 4, 1), (16, 256, 4, 4, 1), (32, 256, 3, 4, 1), (16, 512, 3, 8, 1), (8, 1024, 3, 4, 1),
-        (16, 512, 3, 4, 4),
-    )  # fmt: skip
-    more = ((64, 128, 4, 4, 2), (64, 128, 3, 4, 4), (64, 256, 3, 4, 2), (32, 256, 3, 4, 4))
-    found = {"default": ONE_ROW if rows == 1 else MORE_ROWS}
-    for columns, depth, stages, warps, blocks in one if rows == 1 else more:
+    others = ((64, 128, 4, 4, 2), (64, 128, 3, 4, 4), (64, 256, 3, 4, 2), (32, 256, 3, 4, 4))
+    found = {"default": Config()}
+    for columns, depth, stages, warps, blocks in others:
         name = f"{columns} x {depth}, {stages} stages, {warps} warps, {blocks} blocks"
         found[name] = Config(columns, depth, stages, warps, blocks)
     return found

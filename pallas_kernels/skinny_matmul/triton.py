@@ -20,20 +20,13 @@ MULTIPROCESSORS = 132
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Columns of a block of threads, depth of a step, steps in flight, warps; blocks of threads that are wanted.
+    """Columns of a block of threads, depth of a step, steps in flight, warps; blocks of threads that are wanted."""
 
-    Triton keeps steps in flight where a ``tl.dot`` reads them: with one row ``stages`` bounds the parts alone.
-    """
-
-    columns: int
-    depth: int
-    stages: int
+    columns: int = 128
+    depth: int = 128
+    stages: int = 3
     warps: int = 4
-    blocks_per_multiprocessor: int = 1
-
-
-ONE_ROW = Config(columns=8, depth=512, stages=4)
-MORE_ROWS = Config(columns=128, depth=128, stages=3, blocks_per_multiprocessor=2)
+    blocks_per_multiprocessor: int = 2
 
 
 def refuse(call: MatmulCall, device: Device) -> str | None:
@@ -44,8 +37,8 @@ def refuse(call: MatmulCall, device: Device) -> str | None:
         return reason
     if call.x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, x has {call.x.dtype}"
-    if call.x.shape[0] > MOST_ROWS:
-        return f"takes up to {MOST_ROWS} rows, there are {call.x.shape[0]}"
+    if not 2 <= call.x.shape[0] <= MOST_ROWS:
+        return f"takes 2 to {MOST_ROWS} rows (one row XLA's reduction reads faster), there are {call.x.shape[0]}"
     if len(call.stacks) > MOST_STACKS:
         return f"takes up to {MOST_STACKS} stacks, there are {len(call.stacks)}"
     return None
@@ -56,7 +49,7 @@ def triton(call: MatmulCall, config: Config | None = None) -> tuple[jax.Array, .
     from pallas_kernels.skinny_matmul.triton_kernel import skinny_e4m3
 
     rows, depth = call.x.shape
-    config = config or (ONE_ROW if rows == 1 else MORE_ROWS)
+    config = config or Config()
     own = call.columns
     tiles = [-(-columns // config.columns) for columns in own]
     wanted = MULTIPROCESSORS * config.blocks_per_multiprocessor // sum(tiles)

@@ -1,4 +1,4 @@
-"""A few rows times e4m3 matrices in the Triton language: 8 bits are read, 16 or 32 are multiplied."""
+"""A few rows times e4m3 matrices in the Triton language: 8 bits are read, 16 are multiplied."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,6 @@ def skinny_e4m3(
 
     x [ROWS, DEPTH]; w e4m3 [L, OWN * COLUMN_SHARES, DEPTH * ROW_SHARES]; place int32: layer, and if CUT row and column
     share; out float32 [PARTS, ROWS, COLUMNS], the matrices' columns behind each other, each from a multiple of BLOCK.
-    One row is multiplied by the cores in float32, more of them (TILE at most) by the tensor cores in the dtype of x.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     w_ptr, own, first = w_0, OWN_0, 0
@@ -37,24 +36,14 @@ def skinny_e4m3(
     end = tl.minimum(begin + share, DEPTH)
     inner = tl.arange(0, STEP)
     even: tl.constexpr = DEPTH % STEP == 0
+    one = tl.arange(0, TILE)
+    total = tl.zeros((BLOCK, TILE), tl.float32)
+    for at in range(begin, end, STEP):
+        here = at + inner
+        there = exists[:, None] if even else exists[:, None] & (here < DEPTH)[None, :]
+        given = (one < ROWS)[None, :] if even else (one < ROWS)[None, :] & (here < DEPTH)[:, None]
+        x = tl.load(x_ptr + one[None, :] * DEPTH + here[:, None], mask=given, other=0.0)
+        w = tl.load(w_ptr + here[None, :], mask=there, other=0.0)
+        total = tl.dot(w.to(x.dtype), x, total)
     corner = (part * ROWS).to(tl.int64) * COLUMNS + tile * BLOCK + tl.arange(0, BLOCK)
-    if ROWS == 1:
-        sums = tl.zeros((BLOCK, STEP), tl.float32)
-        for at in range(begin, end, STEP):
-            here = at + inner
-            there = exists[:, None] if even else exists[:, None] & (here < DEPTH)[None, :]
-            x = tl.load(x_ptr + here) if even else tl.load(x_ptr + here, mask=here < DEPTH, other=0.0)
-            w = tl.load(w_ptr + here[None, :], mask=there, other=0.0)
-            sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
-        tl.store(out_ptr + corner, tl.sum(sums, axis=1))
-    else:
-        one = tl.arange(0, TILE)
-        total = tl.zeros((BLOCK, TILE), tl.float32)
-        for at in range(begin, end, STEP):
-            here = at + inner
-            there = exists[:, None] if even else exists[:, None] & (here < DEPTH)[None, :]
-            given = (one < ROWS)[None, :] if even else (one < ROWS)[None, :] & (here < DEPTH)[:, None]
-            x = tl.load(x_ptr + one[None, :] * DEPTH + here[:, None], mask=given, other=0.0)
-            w = tl.load(w_ptr + here[None, :], mask=there, other=0.0)
-            total = tl.dot(w.to(x.dtype), x, total)
-        tl.store(out_ptr + corner[:, None] + one[None, :] * COLUMNS, total, mask=(one < ROWS)[None, :])
+    tl.store(out_ptr + corner[:, None] + one[None, :] * COLUMNS, total, mask=(one < ROWS)[None, :])
