@@ -58,8 +58,9 @@ def check_host_memory(weights_bytes: int, copies: int) -> None:
     free = free_host_memory()
     if free is not None and weights_bytes * copies > free:
         fit = free // max(1, weights_bytes)
+        holding = "the CPU device holds" if copies == 1 else f"{copies} simulated devices hold"
         raise UserError(
-            f"{copies} simulated devices hold {weights_bytes * copies / 2**30:.1f} GiB of weights, this machine has "
+            f"{holding} {weights_bytes * copies / 2**30:.1f} GiB of weights, this machine has "
             f"{free / 2**30:.1f} GiB free; nearest legal choice: {f'--sp {fit}' if fit else 'a smaller --model'}"
         )
 

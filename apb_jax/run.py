@@ -91,7 +91,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.measure.compare import Asking, beside, run_one, timed
     from apb_jax.measure.host_link import host_note
     from apb_jax.measure.plan import check_memory, spread
-    from apb_jax.mesh import SP, check_host_memory, make_mesh, sequence_devices
+    from apb_jax.mesh import SP, make_mesh, sequence_devices
     from apb_jax.run_session import method_options, run_session
     from apb_jax.sampling import Sampler
     from apb_jax.task import make_task, new_tokens
@@ -106,8 +106,6 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         console.print(f"note: --method auto: {reason}", style="yellow", highlight=False)
     sp = sp or sequence_devices(max(1, len(jax.devices()) // config.tp), config.shards)
     mesh, method = make_mesh(sp, config.tp), MethodSpec(name, method_options(config))
-    if jax.default_backend() == "cpu":
-        check_host_memory(model.config.parameters * model.dtype.itemsize, mesh.shape[SP])
     held = ", ".join(filter(None, (model.dtype.name, str(config.precisions))))
     size = f"{model.config.parameters / 1e6:,.1f}M parameters, {held}, kernels {config.kernels}"
     device = f"{mesh.size} x {jax.devices()[0].device_kind}"

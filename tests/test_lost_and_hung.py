@@ -20,7 +20,7 @@ import jax
 import pytest
 from helpers import ROOT, told
 
-from apb_jax import mesh, run
+from apb_jax import load, mesh, run
 from apb_jax.command import OUT_OF_MEMORY, command
 from apb_jax.errors import UserError
 from apb_jax.retaining import train as heads_train
@@ -192,14 +192,18 @@ def test_a_silent_system_refuses_no_copies(monkeypatch: pytest.MonkeyPatch) -> N
     mesh.check_host_memory(2**60, 64)
 
 
-def test_a_run_asks_whether_the_copies_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before the weights are placed; two devices have room for one copy of the packaged model."""
-    monkeypatch.setattr("apb_jax.engine.Engine", never)
-    monkeypatch.setattr(mesh, "free_host_memory", lambda: 30_000_000)
+def test_copies_of_weights_are_counted_before_one_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever places them (run, evals, server, Python); there is room for one copy of the packaged model."""
+    monkeypatch.setattr("apb_jax.weights.checkpoint.stream", never)
+    monkeypatch.setattr(mesh, "free_host_memory", lambda: 40_000_000)
     assert run.main(["--model", "tiny", "--seq", "512", "--sp", "8", "--dtype", "float32"]) == 2
     line = told(capsys.readouterr().err)
     assert "8 simulated devices hold" in line
     assert "nearest legal choice: --sp 1" in line
+    with pytest.raises(UserError, match="2 simulated devices hold"):
+        load("tiny").place(mesh.make_mesh(2))
 
 
 # -- out of memory ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from apb_jax.errors import UserError
+from apb_jax.mesh import TP, check_host_memory
 from apb_jax.model.config import ModelConfig
 from apb_jax.model.transformer import Transformer
 from apb_jax.model.weights import partition_specs
@@ -140,7 +141,13 @@ class LoadedModel:
                     )
 
     def place(self, mesh: Mesh | None, progress: Progress | None = None) -> nnx.State:
-        """Weights in their sharding on ``mesh`` (axes "sp", "tp"; None: the first device). Reads the files now."""
+        """Weights in their sharding on ``mesh`` (axes "sp", "tp"; None: the first device). Reads the files now.
+
+        UserError where a machine without GPU has no memory for a copy for every simulated device of "sp".
+        """
+        if mesh is not None and jax.default_backend() == "cpu":
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in self.shapes().values())
+            check_host_memory(size, len(mesh.local_devices) // mesh.shape[TP])
         shardings = self.shardings(mesh)
         if not self.fold_heads or self.source.folded:
             arrays = self.source.place(self, shardings, progress)
