@@ -318,18 +318,47 @@ def _perplexity(rows: Sequence[Row], folder: Path, out: Path) -> str:
     )
     if bare:
         text += " Without an interval: the difference of the means, where full attention ran apart."
+    parts = ["## Perplexity", prose(text), grid]
+    changes = [r for r in own if "nll_over_full" in r]
+    if len(changes) > 1:
+        parts.append(_nats(changes))
     longest = max(r["length"] for r in own)
     ruler = {r["method"]: r for r in rows if r["section"] == "ruler" and r["task"] == "mean" and r["length"] == longest}
-    here = [
-        (nats, r) for r in own if r["length"] == longest and (nats := over(r)) is not None and r["method"] != "full"
-    ]
-    parts = ["## Perplexity", prose(text), grid]
+    here = sorted(
+        (nats, r["method"])
+        for r in own
+        if r["length"] == longest and r["method"] != "full" and "over_full" in ruler.get(r["method"], {})
+        if (nats := over(r)) is not None
+    )
     if len(here) > 1:
-        nats, most = max(here, key=lambda item: item[0])
-        beside = ruler.get(most["method"], {})
-        said = f", where RULER has {_difference(beside)} points" if "over_full" in beside else ""
-        parts.append(prose(f"The most at {length_name(longest)}: {most['method']}, {nats:+.4f} nats{said}."))
+        order = ", ".join(f"{name} {nats:+.4f} ({ruler[name]['over_full']:+.1f})" for nats, name in here)
+        parts.append(prose(f"Nats at {length_name(longest)} in their order, beside RULER's points: {order}."))
     return "\n\n".join(parts)
+
+
+def _nats(changes: Sequence[Row]) -> str:
+    """On which side of full attention the nats lie, and where that changes from the shortest length to the longest."""
+    beside = [
+        f"{r['method']} at {length_name(r['length'])}"
+        for r in changes
+        if r["nll_over_full"] <= 1.96 * r["nll_over_full_se"]
+    ]
+    but = f" but {', '.join(beside)}" if beside else ""
+    text = f"Every method lies above full attention at every length beyond its interval{but}."
+    first, last = min(r["length"] for r in changes), max(r["length"] for r in changes)
+    sides: dict[str, list[str]] = {"grow": [], "shrink": []}
+    found = {(r["method"], r["length"]): r for r in changes}
+    for method in METHODS if first < last else ():
+        a, b = found.get((method, first)), found.get((method, last))
+        if a and b:
+            change = b["nll_over_full"] - a["nll_over_full"]
+            if abs(change) > 1.96 * math.hypot(a["nll_over_full_se"], b["nll_over_full_se"]):
+                both = f"{method} {a['nll_over_full']:.4f} to {b['nll_over_full']:.4f}"
+                sides["grow" if change > 0 else "shrink"].append(both)
+    moved = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
+    if moved:
+        text += f" From {length_name(first)} to {length_name(last)}, beyond their errors, {moved}."
+    return prose(text)
 
 
 def _needles(rows: Sequence[Row], folder: Path, out: Path) -> str:
@@ -346,15 +375,16 @@ def _needles(rows: Sequence[Row], folder: Path, out: Path) -> str:
 
 def _receipts(rows: Sequence[Row], folder: Path, out: Path) -> str:
     own = [r for r in rows if r["section"] == "receipts"]
-    each = [r for r in own if r["length"] != "all"]
+    each = [r for r in own if r["length"] != "all" and r["method"] != "all"]
     pooled = {r["method"]: r for r in own if r["length"] == "all"}
+    together = {r["length"]: r for r in own if r["method"] == "all" and r["length"] != "all"}
     if not each:
         return ""
     lines = [
         [
             r["method"], length_name(r["length"]), str(r["receipts"]), f"{r['mean']['kl']:.4f}",
             f"{r['mean']['kl_answer']:.4f}", f"{100 * r['mean']['top1_answer']:.1f}%", f"{r['lost']} of {r['n']}",
-            *(f"{r['auc'][s][0]:.2f} ± {1.96 * r['auc'][s][1]:.2f}" if s in r["auc"] else "" for s in SHOWN),
+            *(_area(r, name) if name in r["auc"] and r["lost"] >= LEAST_LOST else "" for name in SHOWN),
         ]
         for r in sorted(each, key=lambda r: (METHODS.index(r["method"]), r["length"]))
     ]  # fmt: skip
@@ -362,40 +392,87 @@ def _receipts(rows: Sequence[Row], folder: Path, out: Path) -> str:
     shown = {m: pooled[m] for m in METHODS if m in pooled and 0 < pooled[m]["lost"] < pooled[m]["n"]}
     parts = [
         "## Does a receipt tell a lost answer?",
-        "A receipt compares a method's logits with full attention's over the rows of the question and of full\n"
-        "attention's answer. An answer is lost where the method scores less than full attention on a sample on which\n"
-        "full attention scores at all. AUC: the chance that a lost answer has the higher KL (the lower agreement) of\n"
-        "two samples, one lost and one kept; 0.5 is chance. ± 1.96 standard errors (Hanley and McNeil).",
+        prose(
+            "A receipt compares a method's logits with full attention's over the rows of the question and of full "
+            "attention's answer. An answer is lost where the method scores less than full attention on a sample on "
+            "which full attention scores at all. AUC: the chance that a lost answer has the higher KL (the lower "
+            "agreement) of two samples, one lost and one kept; 0.5 is chance. ± 1.96 standard errors (Hanley and "
+            f"McNeil; of methods together Obuchowski's, as they share samples); from {LEAST_LOST} lost answers on."
+        ),
         table(head, lines),
     ]
-    both = pooled.get("all")
-    if both and both["auc"]:
-        best = max(both["auc"], key=lambda name: both["auc"][name][0])
-        parts.append(
-            prose(
-                f"All methods that keep some ({both['lost']} of {both['n']} lost): the best signal is `{best}`, AUC "
-                f"{both['auc'][best][0]:.2f} ± {1.96 * both['auc'][best][1]:.2f}, rank correlation "
-                f"{both['correlation'][best]:.2f}; `kl` over question and answer has {both['auc']['kl'][0]:.2f}."
-            )
-        )
-        same, others = both["by_top1"][-1], both["by_top1"][:-1]
-        if same[0] == 1.0 and others:
-            lost, count = sum(round(share * n) for _, share, n in others), sum(n for *_, n in others)
-            parts.append(
-                prose(
-                    f"In plain words: where all top tokens of the answer agree, {round(same[1] * same[2])} of "
-                    f"{same[2]} answers are lost ({100 * same[1]:.0f}%); where one or more differ, {lost} of {count} "
-                    f"({100 * lost / count:.0f}%)."
-                )
-            )
+    told = [bullet(_told(length, r)) for length, r in sorted(together.items()) if r["auc"]]
+    if told:
+        parts += ["All methods that keep some answers:", "\n".join(told)]
+    if len(told) > 1:
+        parts.append(_as_before(together, each))
     if shown:
         lengths = " and ".join(length_name(n) for n in sorted({r["length"] for r in each}))
-        note = f"SmolLM2-135M-Instruct, RULER at {lengths}; black: all that keep some, 95% intervals; grey: the others"
+        note = (
+            f"SmolLM2-135M-Instruct, RULER at {lengths}; all methods that keep some, 95% Wilson intervals; "
+            f"grey: each, all lengths; points of {pictures.LEAST_SAMPLES} answers and more"
+        )
         path = pictures.receipts(
-            shown, pooled["all"], pictures.sheet("Lost answers over the receipt", note, folder / "real_receipts.png")
+            shown, together, pictures.sheet("Lost answers over the receipt", note, folder / "real_receipts.png")
         )
         parts.append(_picture(path, out, "answers lost over the receipt's KL and over its top-1 agreement"))
     return "\n\n".join(parts)
+
+
+def _area(r: Row, name: str) -> str:
+    return f"{r['auc'][name][0]:.2f} ± {1.96 * r['auc'][name][1]:.2f}"
+
+
+def _told(length: int, r: Row) -> str:
+    """What the receipts of all methods tell at a length, and in plain words."""
+    best = sorted(SHOWN, key=lambda name: -r["auc"][name][0])
+    said = f"{length_name(length)}: {r['lost']} of {r['n']} lost; AUC " + ", ".join(
+        f"`{name}` {_area(r, name)}" for name in best
+    )
+    same, others = r["by_top1"][-1], r["by_top1"][:-1]
+    if same[0] < 1.0 or not others:
+        return f"{said}."
+    lost, count = sum(round(share * n) for _, share, n in others), sum(n for *_, n in others)
+    return (
+        f"{said}. Where all top tokens of the answer agree, {round(same[1] * same[2])} of {same[2]} are lost "
+        f"({100 * same[1]:.0f}%); where one or more differ, {lost} of {count} ({100 * lost / count:.0f}%)."
+    )
+
+
+def _as_before(together: dict[int, Row], each: Sequence[Row]) -> str:
+    """Whether the longest receipts tell what the shortest do, of all methods and under each."""
+    first, last = min(together), max(together)
+
+    def moved(a: Row, b: Row, name: str) -> tuple[bool, str]:
+        (x, dx), (y, dy) = a["auc"][name], b["auc"][name]
+        half = 1.96 * math.hypot(dx, dy)
+        return abs(y - x) > half, f"{y - x:+.2f} ± {half:.2f}"
+
+    a, b = together[first], together[last]
+    best = [max(SHOWN, key=lambda name: r["auc"][name][0]) for r in (a, b)]
+    ends = f"at {length_name(first)}", f"at {length_name(last)}"
+    text = f"`{best[0]}` tells the most {ends[0]}, `{best[1]}` {ends[1]}."
+    if best[0] == best[1]:
+        beyond, change = moved(a, b, best[0])
+        apart = "told apart" if beyond else "not told apart"
+        text = f"`{best[0]}` tells the most {ends[0]} and {ends[1]}, its AUC {apart} ({change})."
+    more = [f"`{name}` {change}" for name in SHOWN for beyond, change in (moved(a, b, name),) if beyond]
+    if more:
+        text += f" AUC that change beyond their errors: {', '.join(more)}."
+    found = {(r["method"], r["length"]): r for r in each if "kl" in r["auc"] and r["lost"] >= LEAST_LOST}
+    pairs = [(m, found.get((m, first)), found.get((m, last))) for m in METHODS]
+    alone = [
+        f"{m} {a['auc']['kl'][0]:.2f} to {b['auc']['kl'][0]:.2f}"
+        for m, a, b in pairs
+        if a and b and moved(a, b, "kl")[0]
+    ]
+    if alone:
+        text += f" `kl` under single methods, likewise: {', '.join(alone)}."
+    return prose(text)
+
+
+LEAST_LOST = 5
+"""Answers without which an AUC of one method is not shown."""
 
 
 SHOWN = ("kl", "kl_first", "kl_answer", "top1_answer")
@@ -467,12 +544,13 @@ def _lengths(lengths: Sequence[int]) -> str:
 
 
 def _missing(rows: Sequence[Row], samples: Row) -> str:
-    """Cells that the sections have and the figures lack, and those that hold fewer samples than were prepared."""
+    """Cells that the sections have and the figures lack, and those that hold fewer samples than were planned."""
     have = {
-        (r["section"], r["method"], r["length"], r.get("rope", ""), r.get("measure", "")): r.get("n", 0)
+        (r["section"], r["method"], r["length"], r.get("rope", ""), r.get("measure", "")): _count(r)
         for r in rows
         if r["section"] in MISSING and r.get("depth", "mean") == "mean" and r.get("task", "mean") == "mean"
     }
+    planned = max((n for (section, *_), n in have.items() if section == "receipts"), default=0)
     bullets, short = [], []
     for section, title in MISSING.items():
         cells: dict[int, dict[str, list[bool]]] = {}
@@ -481,7 +559,8 @@ def _missing(rows: Sequence[Row], samples: Row) -> str:
             n = have.get((section, unit.label, unit.length, unit.rope, measure))
             cells.setdefault(unit.length, {}).setdefault(unit.label, []).append(n is not None)
             made = samples.get("counts", {}).get(f"{unit.kind} {unit.length}", 0)
-            if n is not None and n < made and unit.kind != "text" and section != "receipts":
+            made = planned if section == "receipts" else made
+            if n is not None and n < made and unit.kind != "text":
                 rope = f" {unit.rope}" if unit.rope else ""
                 short.append(f"{title} {length_name(unit.length)}, {unit.label}{rope} ({n} of {made})")
         bare = sorted(n for n, found in cells.items() if not any(map(any, found.values())))
@@ -497,8 +576,13 @@ def _missing(rows: Sequence[Row], samples: Row) -> str:
         if said:
             bullets.append(bullet(f"{title}: {'; '.join(said)}."))
     if short:
-        bullets.append(bullet(f"Fewer samples than prepared: {'; '.join(short)}."))
+        bullets.append(bullet(f"Fewer samples than planned: {'; '.join(short)}."))
     return "\n\n".join(["## Not measured", "\n".join(bullets) or "Nothing is left."])
+
+
+def _count(r: Row) -> int:
+    """Samples of a cell; receipts count also those on which full attention scores nothing."""
+    return 0 if r["section"] == "receipts" and r["method"] == "all" else int(r["receipts" if "receipts" in r else "n"])
 
 
 MISSING = {

@@ -69,7 +69,7 @@ def _dot(axis: Any, number: int, place: float, x: float, low: float, high: float
         markerfacecolor="white" if again else colour,
     )  # fmt: skip
     axis.annotate(
-        text, (x, place), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9, color=INK,
+        text, (x, place), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9, color=INK,
         path_effects=[withStroke(linewidth=3, foreground="white")],
     )  # fmt: skip
 
@@ -130,9 +130,9 @@ def sweep(rows: Sequence[Row], target: plots.Sheet) -> Path:
     return plots._save(plt, figure, target)
 
 
-def receipts(pooled: Mapping[str, Row], every: Row, target: plots.Sheet) -> Path:
-    """Share of answers lost over the receipt's KL and over its top-1 agreement: all methods with 95% intervals, apb
-    alone, the others thin."""
+def receipts(pooled: Mapping[str, Row], together: Mapping[int, Row], target: plots.Sheet) -> Path:
+    """Share of answers lost over the receipt's KL and over its top-1 agreement: all methods at each length with 95%
+    intervals, each method thin."""
     plt = plots._pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(15, 5), layout="constrained")
     for axis, column in zip(axes, ("bins", "by_top1"), strict=True):
@@ -145,13 +145,11 @@ def receipts(pooled: Mapping[str, Row], every: Row, target: plots.Sheet) -> Path
         for row in pooled.values():
             axis.plot(*points(row)[:2], color="#b4bac3", linewidth=1, zorder=1)
         ends = []
-        if "apb" in pooled:
-            ends.append(plots._line(axis, STYLES["apb"], *points(pooled["apb"])[:2], "apb"))
-        x, y, n = points(every)
-        low, high = np.array([wilson(share * count, int(count)) for share, count in zip(y, n, strict=True)]).T
-        axis.vlines(x, low, high, color=INK, linewidth=1.6, zorder=3)
-        axis.plot(x, y, color=INK, marker="o", markersize=8, linewidth=2.4, zorder=3)
-        ends.append((f"all {len(pooled)} methods", x[-1], y[-1], INK))
+        for number, (length, row) in enumerate(sorted(together.items())):
+            x, y, n = points(row)
+            low, high = np.array([wilson(share * count, int(count)) for share, count in zip(y, n, strict=True)]).T
+            axis.vlines(x, low, high, color=plots.COLOURS[number], linewidth=1.6, zorder=3)
+            ends.append(plots._line(axis, number, x, y, length_name(length)))
         axis.set_ylim(0, 1.04)
         axis.set_yticks(np.linspace(0, 1, 6), [f"{share:.0f}" for share in np.linspace(0, 100, 6)])
         axis.set_ylabel("answers lost (%)")
@@ -172,6 +170,12 @@ def beyond(rows: Sequence[Row], target: plots.Sheet) -> Path:
         1, 2, figsize=(14, 1.5 + 0.42 * len(names)), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, measure in zip(axes[0], ("needle", "perplexity"), strict=True):
+        known = {(r["length"], METHODS.index(r["method"]), r["rope"]) for r in rows if r["measure"] == measure}
+        for place in (place for place, name in enumerate(names) if name not in known):
+            axis.text(
+                0.03, place, "not measured", transform=axis.get_yaxis_transform(), va="center", fontsize=10, color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
+            )  # fmt: skip
         for r in rows:
             place = names.index((r["length"], METHODS.index(r["method"]), r["rope"]))
             if r["measure"] != measure or r.get("depth", "mean") != "mean":

@@ -7,6 +7,7 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ SIGNALS = ("kl", "kl_max", "kl_first", "kl_answer", "top1", "top1_answer")
 
 Scores = dict[str, dict[str, float]]
 """unit -> sample key -> score 0..1."""
+Receipt = tuple[str, dict[str, float], float, float]
+"""A sample, its signals, the method's score and full attention's."""
+Known = tuple[str, dict[str, float], bool]
+"""A sample on which full attention scores, its signals, and whether the method lost it."""
 
 
 def figures(
@@ -33,7 +38,7 @@ def figures(
     scores: Scores = defaultdict(dict)
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     nll: dict[str, dict[str, float]] = defaultdict(dict)
-    receipts: dict[str, list[tuple[dict[str, float], float, float]]] = defaultdict(list)
+    receipts: dict[str, list[Receipt]] = defaultdict(list)
     ran: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         unit, key = row["unit"], row["key"]
@@ -43,7 +48,7 @@ def figures(
         elif section == "receipts":
             sample = by_place[kind, int(length), key]
             own, full = (score_of(sample, decode(unpacked(row[name]))) for name in ("tokens", "full_tokens"))
-            receipts[unit].append(({name: row[name] for name in SIGNALS}, own, full))
+            receipts[unit].append((f"{key}/{length}", {name: row[name] for name in SIGNALS}, own, full))
         elif kind == "text":
             nll[unit][key] = row["nll"]
         else:
@@ -231,36 +236,59 @@ def auc(signal: Sequence[float], lost: Sequence[bool]) -> tuple[float, float] | 
     return area, math.sqrt(max(0.0, variance) / (len(yes) * len(no)))
 
 
-def _receipts(receipts: dict[str, list[tuple[dict[str, float], float, float]]]) -> Iterator[dict[str, Any]]:
+def clustered_auc(signal: Sequence[float], lost: Sequence[bool], samples: Sequence[str]) -> tuple[float, float] | None:
+    """As `auc`, its standard error by Obuchowski 1997: answers of several methods to one sample are not independent."""
+    x, bad = np.asarray(signal), np.asarray(lost)
+    found = auc(signal, lost)
+    names, place = np.unique(np.asarray(samples), return_inverse=True)
+    if found is None or len(names) < 2:
+        return found
+    pairs = (x[bad][:, None] > x[~bad]) + 0.5 * (x[bad][:, None] == x[~bad])
+    yes = np.bincount(place[bad], pairs.mean(1) - found[0], len(names))  # each sample's part in the area
+    no = np.bincount(place[~bad], pairs.mean(0) - found[0], len(names))
+
+    def spread(which: np.ndarray, part: np.ndarray) -> float:
+        count = len(np.unique(which))
+        return float(part @ part) * count / max(1, count - 1) / len(which) ** 2
+
+    both = float(yes @ no) * len(names) / (len(names) - 1) / (bad.sum() * (~bad).sum())
+    variance = spread(place[bad], yes) + spread(place[~bad], no) + 2 * both
+    return found[0], math.sqrt(max(0.0, variance))
+
+
+def _receipts(receipts: dict[str, list[Receipt]]) -> Iterator[dict[str, Any]]:
     """Over the samples that full attention scored on: lost means that the method scored less."""
-    pooled: dict[str, list[tuple[dict[str, float], bool]]] = defaultdict(list)
+    pooled: dict[tuple[str, int | str], list[Known]] = defaultdict(list)
     for unit, found in sorted(receipts.items()):
         _, method, length, _ = _parts(unit)
-        known = [(row, own < full) for row, own, full in found if full > 0]
+        known = [(sample, row, own < full) for sample, row, own, full in found if full > 0]
         place = {"section": "receipts", "method": method, "length": length, "receipts": len(found)}
-        means = {name: round(float(np.mean([row[name] for row, _, _ in found])), 5) for name in SIGNALS}
-        yield {**place, "mean": means, **_prediction(known)}
-        pooled[method] += known
-        if 0 < sum(bad for _, bad in known) < len(known):  # a method that loses everything tells nothing
-            pooled["all"] += known
-    for method, known in pooled.items():
+        means = {name: round(float(np.mean([row[name] for _, row, _, _ in found])), 5) for name in SIGNALS}
+        yield {**place, "mean": means, **_prediction(known, auc)}
+        pooled[method, "all"] += known
+        if 0 < sum(bad for *_, bad in known) < len(known):  # a method that loses everything tells nothing
+            pooled["all", "all"] += known
+            pooled["all", length] += known
+    for (method, pool), known in pooled.items():
         yield {
             "section": "receipts",
             "method": method,
-            "length": "all",
-            **_prediction(known),
+            "length": pool,
+            **_prediction(
+                known, auc if method != "all" else partial(clustered_auc, samples=[one for one, *_ in known])
+            ),
             "bins": _bins(known),
             "by_top1": _by_top1(known),
         }
 
 
-def _prediction(known: list[tuple[dict[str, float], bool]]) -> dict[str, Any]:
-    lost = [bad for _, bad in known]
+def _prediction(known: list[Known], area_of: Callable[..., tuple[float, float] | None]) -> dict[str, Any]:
+    lost = [bad for *_, bad in known]
     out: dict[str, Any] = {"n": len(known), "lost": sum(lost), "auc": {}, "correlation": {}}
     for name in SIGNALS:
         sign = -1 if name.startswith("top1") else 1
-        signal = [sign * row[name] for row, _ in known]
-        area = auc(signal, lost)
+        signal = [sign * row[name] for _, row, _ in known]
+        area = area_of(signal, lost)
         if area is not None:
             out["auc"][name] = [round(area[0], 3), round(area[1], 3)]
             out["correlation"][name] = round(spearman(signal, [float(bad) for bad in lost]), 3)
@@ -269,10 +297,10 @@ def _prediction(known: list[tuple[dict[str, float], bool]]) -> dict[str, Any]:
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation with mean ranks of ties; 0 where one of them does not vary."""
-    ranks = [_ranks(np.asarray(x)) for x in (a, b)]
-    if any(np.ptp(r) == 0 for r in ranks):
+    ours, theirs = _ranks(np.asarray(a)), _ranks(np.asarray(b))
+    if np.ptp(ours) == 0 or np.ptp(theirs) == 0:
         return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ours, theirs)[0, 1])
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
@@ -285,10 +313,10 @@ TOP1_EDGES = (0.8, 0.9, 0.95, 1.0)
 """Bins of the agreement over the answer: below the first, between two, all of it."""
 
 
-def _by_top1(known: list[tuple[dict[str, float], bool]]) -> list[list[float]]:
+def _by_top1(known: list[Known]) -> list[list[float]]:
     """[mean agreement, share lost, samples] of every bin that holds any."""
     bins: dict[int, list[tuple[float, bool]]] = defaultdict(list)
-    for row, bad in known:
+    for _, row, bad in known:
         bins[int(np.searchsorted(TOP1_EDGES, row["top1_answer"], side="right"))].append((row["top1_answer"], bad))
     return [
         [round(float(np.mean([one[i] for one in rows])), 4) for i in (0, 1)] + [len(rows)]
@@ -296,9 +324,9 @@ def _by_top1(known: list[tuple[dict[str, float], bool]]) -> list[list[float]]:
     ]
 
 
-def _bins(known: list[tuple[dict[str, float], bool]], count: int = 8) -> list[list[float]]:
+def _bins(known: list[Known], count: int = 8) -> list[list[float]]:
     """[median KL, share lost, samples] of equally filled bins by KL over query and answer."""
-    ordered = sorted(known, key=lambda item: item[0]["kl"])
+    ordered = sorted(known, key=lambda item: item[1]["kl"])
     parts = (
         [part for part in np.array_split(np.arange(len(ordered)), min(count, len(ordered))) if len(part)]
         if ordered
@@ -306,8 +334,8 @@ def _bins(known: list[tuple[dict[str, float], bool]], count: int = 8) -> list[li
     )
     return [
         [
-            round(float(np.median([ordered[i][0]["kl"] for i in part])), 5),
-            round(float(np.mean([ordered[i][1] for i in part])), 4),
+            round(float(np.median([ordered[i][1]["kl"] for i in part])), 5),
+            round(float(np.mean([ordered[i][2] for i in part])), 4),
             len(part),
         ]
         for part in parts

@@ -14,7 +14,7 @@ from benchmarks.evidence import page
 from benchmarks.evidence.measure import _agreement, _nll, packed, unpacked
 from benchmarks.evidence.page import write_page
 from benchmarks.evidence.samples import Sample, read_samples, write_samples
-from benchmarks.evidence.score import auc, beside, exact, f1, figures, spearman
+from benchmarks.evidence.score import auc, beside, clustered_auc, exact, f1, figures, spearman
 from benchmarks.evidence.units import METHODS, Wanted, units
 from benchmarks.evidence.work import chosen, rows_of
 from benchmarks.real_evidence import score_command, without_paths
@@ -93,6 +93,52 @@ def test_a_signal_that_tells_and_one_that_does_not() -> None:
     assert auc([1, 1, 1, 1], [True, False, True, False])[0] == 0.5
     assert auc([1, 2], [True, True]) is None
     assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+
+
+def test_answers_to_one_sample_count_as_one() -> None:
+    """The area stays; repeated answers leave its error as it is, and it is that of resampled samples."""
+    rng = np.random.default_rng(0)
+    lost = rng.random(120) < 0.3
+    signal = rng.normal(size=120) + lost
+    names = [str(i) for i in range(120)]
+    area, error = clustered_auc(signal, lost, names)
+    again = clustered_auc(np.tile(signal, 9), np.tile(lost, 9), names * 9)
+    assert (area, error) == pytest.approx(again)
+    assert area == auc(signal, lost)[0]
+    drawn = [auc(signal[i], lost[i])[0] for i in rng.integers(0, 120, (400, 120))]
+    assert error == pytest.approx(np.std(drawn), rel=0.15)
+    assert clustered_auc([1, 2], [True, True], ["0", "1"]) is None
+
+
+def test_a_page_says_whether_longer_receipts_tell_as_much() -> None:
+    signals = ("kl", "kl_first", "kl_answer", "top1_answer")
+
+    def one(method: str, length: int, best: float, kl: float, **more: object) -> dict:
+        place = {"section": "receipts", "method": method, "length": length, "n": 100, "lost": 20, "receipts": 260}
+        return {**place, "auc": {name: [best if name == "top1_answer" else kl, 0.02] for name in signals}, **more}
+
+    bins = {"by_top1": [[0.9, 0.45, 40], [1.0, 0.0333, 60]]}
+    together = {4096: one("all", 4096, 0.82, 0.6, **bins), 8192: one("all", 8192, 0.86, 0.75, **bins)}
+    each = [one("apb", 4096, 0.8, 0.36), one("apb", 8192, 0.8, 0.74), one("star", 8192, 0.8, 0.74, receipts=234)]
+    told = page._told(4096, together[4096])
+    assert told.startswith("4K: 20 of 100 lost; AUC `top1_answer` 0.82 ± 0.04, `kl` 0.60 ± 0.04,")
+    assert told.endswith("agree, 2 of 60 are lost (3%); where one or more differ, 18 of 40 (45%).")
+    said = page._as_before(together, each).replace("\n", " ")
+    assert "`top1_answer` tells the most at 4K and at 8K, its AUC not told apart (+0.04 ± 0.06)." in said
+    assert "beyond their errors: `kl` +0.15 ± 0.06," in said
+    assert said.endswith("likewise: apb 0.36 to 0.74.")
+    missing = page._missing([*together.values(), *each], {}).replace("\n", " ")
+    assert "Fewer samples than planned: Receipts 8K, star (234 of 260)." in missing
+
+
+def test_a_page_says_where_nats_lie_and_move() -> None:
+    def one(method: str, length: int, nats: float) -> dict:
+        return {"method": method, "length": length, "nll_over_full": nats, "nll_over_full_se": 0.001}
+
+    found = [one("apb", 2048, 0.012), one("apb", 8192, 0.004), one("spava", 2048, 0.001), one("spava", 8192, 0.009)]
+    said = page._nats(found).replace("\n", " ")
+    assert "above full attention at every length beyond its interval but spava at 2K." in said
+    assert said.endswith("grow: spava 0.0010 to 0.0090; shrink: apb 0.0120 to 0.0040.")
 
 
 def test_earlier_cells_stay_where_nothing_new_is_known() -> None:
