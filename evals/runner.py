@@ -144,10 +144,10 @@ def _run_one(
             count += 1
             if row["score"] is None:
                 unscored = row["unscored"]
-                continue
-            total += row["score"]
-            scored += 1
-            report(f"{what}: {100 * total / scored:.1f} ({scored} samples)", task.length)
+            else:
+                total += row["score"]
+                scored += 1
+            report(f"{what}: {100 * total / max(1, scored):.1f} ({scored} samples)", task.length)
     if count == 0:
         raise EvalError(f"{what}: the task holds no samples")
     if scored == 0:

@@ -108,19 +108,26 @@ def test_interrupted_evals(number: int, tmp_path: Path) -> None:
 
 
 def test_killed_training_leaves_no_workers(tmp_path: Path) -> None:
-    """The workers end with their parent, even where it had no time to end them."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "apb_jax.tiny.train", "--out", str(tmp_path), "--minutes", "5", "--workers", "2"],
-        stderr=subprocess.DEVNULL, env=surroundings(),
-    )  # fmt: skip
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 100
-    while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    workers = children.read_text().split()
-    assert len(workers) >= 2
-    process.kill()
-    process.wait()
+    """The workers end with their parent, told to end or without time to end them; two trainings at once."""
+    workers: list[str] = []
+    started = {
+        number: subprocess.Popen(
+            [sys.executable, "-m", "apb_jax.tiny.train", "--out", str(tmp_path / number.name), "--minutes", "5",
+             "--workers", "2"],
+            stderr=subprocess.DEVNULL, env=surroundings(),
+        )
+        for number in (signal.SIGKILL, signal.SIGTERM)
+    }  # fmt: skip
+    for number, process in started.items():
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 100
+        while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        own = children.read_text().split()
+        assert len(own) >= 2
+        process.send_signal(number)
+        process.wait(timeout=60)
+        workers += own
     deadline = time.monotonic() + 20
     while any(_alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,5 +1,6 @@
 """Odd records, endless digits, cut characters, mixed data: a row, a right score or a line that names the place."""
 
+import io
 import json
 
 import pytest
@@ -61,14 +62,19 @@ class OneTask:
         return {}
 
 
-def run_one(path, task):
+def run_one(path, task, screen=None):
     system = RegexSystem("full")
+    console = Console(file=screen, force_terminal=True, width=100) if screen else Console(quiet=True)
     with RunFolder(path, run_config("odd", system, [task], None)) as folder:
-        return run_tasks(system, [task], folder, samples=None, console=Console(quiet=True), label="full")
+        return run_tasks(system, [task], folder, samples=2 if screen else None, console=console, label="full")
 
 
 def test_an_answer_that_cannot_be_scored_is_kept_and_says_so(tmp_path):
-    (result,) = run_one(tmp_path, OneTask("1"))["results"]
+    """And counts as done on the bar, which ends full."""
+    screen = io.StringIO()
+    (result,) = run_one(tmp_path, OneTask("1"), screen)["results"]
+    assert "100%" in screen.getvalue()
+    assert "odd at 64: 100.0 (1 samples)" in screen.getvalue()
     assert (result["score"], result["samples"], result["unscored"]) == (100.0, 1, 1)
     rows = list(read_rows(tmp_path))
     assert [row["score"] for row in rows] == [None, 1.0]

@@ -1,5 +1,6 @@
 """Needle, InfiniteBench, perplexity and latency: what is asked, cut, scored and timed."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -284,16 +285,19 @@ class Uniform:
         return {"model": "uniform", "method": "full"}
 
 
-def perplexity_of(tmp_path: Path, scorer, **changes) -> dict:
+def perplexity_of(tmp_path: Path, scorer, console=QUIET, **changes) -> dict:
     options = {"lengths": (1024,), "window": 100, **changes}
     plan = PerplexityPlan(word_tokens(), {"novel": TEXT}, **options)
     with RunFolder(tmp_path, {"benchmark": "perplexity"}) as folder:
-        return run_perplexity(scorer, plan, folder, console=QUIET, label="x")
+        return run_perplexity(scorer, plan, folder, console=console, label="uniform")
 
 
 def test_uniform_predictions_have_the_vocabulary_as_perplexity(tmp_path):
-    scorer = Uniform()
-    (result,) = perplexity_of(tmp_path, scorer)["results"]
+    """On a terminal a bar moves meanwhile, and ends full."""
+    scorer, screen = Uniform(), io.StringIO()
+    (result,) = perplexity_of(tmp_path, scorer, Console(file=screen, force_terminal=True, width=100))["results"]
+    assert "uniform" in screen.getvalue()
+    assert "100%" in screen.getvalue()
     assert result == {
         "length": 1024,
         "perplexity": 50.0,
@@ -361,9 +365,12 @@ class Clock(RegexSystem):
 
 def test_latency_figures(tmp_path):
     plan = LatencyPlan(TEXT, "novel", (1000, 2000), repeats=3, warmups=1, new_tokens=11)
-    system = Clock()
+    system, screen = Clock(), io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
     with RunFolder(tmp_path, {"benchmark": "latency"}) as folder:
-        first, second = run_latency(system, plan, folder, console=QUIET, label="x")["results"]
+        first, second = run_latency(system, plan, folder, console=console, label="clock")["results"]
+    assert all(f"clock {length}" in screen.getvalue() for length in plan.lengths)
+    assert "100%" in screen.getvalue()
     assert system.calls == 2 * (3 + 1)
     assert 0 <= 1000 - first["prompt_tokens"] <= 3
     assert first["prefill_s"] == pytest.approx(first["prompt_tokens"] / 1000)  # the warm-up is not in it
