@@ -5,7 +5,6 @@ Devices are decided on before JAX initialises its backends; heavy imports wait u
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -92,6 +91,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
     from apb_jax.measure.host_link import host_note
     from apb_jax.measure.plan import check_memory, spread
     from apb_jax.mesh import SP, make_mesh, sequence_devices
+    from apb_jax.profile import profiled
     from apb_jax.run_session import method_options, run_session
     from apb_jax.sampling import Sampler
     from apb_jax.task import make_task, new_tokens
@@ -146,7 +146,7 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
         task.prompt, wanted, sampler, config.seed, () if engine.codec is None else None, task.truth,
         repeat=repeat, alone=not others, mass=config.mass,
     )  # fmt: skip
-    with jax.profiler.trace(config.profile) if config.profile else contextlib.nullcontext():
+    with profiled(config.profile) as failed:
         show_method(console, engine, asking, notes)
         with screen.StageBar(console) as bar:
             engine.listen(bar)
@@ -168,6 +168,8 @@ def run(config: RunConfig, console: Console) -> dict[str, Any]:
             timed(engine, asking, first[0])
             result = first[0]
     result |= {"model": config.model, "weights": config.weights or "checkpoint", "seed": config.seed}
+    if failed:
+        result["profile_error"] = failed[0]
     show_result(console, result)
     return result
 
@@ -266,6 +268,8 @@ def main(argv: list[str]) -> None:
 
         report.save(Path(config.save), result)
         console.print(f"saved: {config.save}/run.json and run.md", highlight=False, markup=False, emoji=False)
+    if "profile_error" in result:
+        raise UserError(f"--profile {config.profile}: the trace could not be written: {result['profile_error']}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ ORDER = [
         "apb_jax.session_store",
     ),
     ("apb_jax.synthetic", "apb_jax.options"),
-    ("apb_jax.measure", "apb_jax.report", "apb_jax.screen", "apb_jax.task", "apb_jax.retaining"),
+    ("apb_jax.measure", "apb_jax.report", "apb_jax.profile", "apb_jax.screen", "apb_jax.task", "apb_jax.retaining"),
     (
         "apb_jax.tiny",
         "apb_jax.serve",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -11,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +69,24 @@ def test_a_result_that_cannot_be_saved_is_still_printed(
     assert "saved: " not in taken.err
 
 
-def test_a_full_disk_during_the_profile_is_no_lack_of_memory(
+def test_a_full_disk_during_the_profile_costs_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """XLA calls a full disk RESOURCE_EXHAUSTED, as it calls a full GPU: "use more devices" would mislead."""
 
-    @contextlib.contextmanager
-    def trace(folder: str) -> Iterator[None]:
-        yield
+    def stop() -> None:
         # As raised by jax 0.10 where the profile was written to a full file system.
-        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {folder}/plugins/profile/now/vm.xplane.pb; {FULL_DISK}")
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: now/vm.xplane.pb; {FULL_DISK}")
 
-    monkeypatch.setattr("jax.profiler.trace", trace)
-    assert run.main([*TINY, "--profile", str(tmp_path / "profile")]) == 2
-    line = told(capsys.readouterr().err)
-    assert line.startswith(f"error: {FULL_DISK}")
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: None)
+    monkeypatch.setattr("jax.profiler.stop_trace", stop)
+    assert run.main([*TINY, "--json", "--profile", str(tmp_path / "profile")]) == 2
+    taken = capsys.readouterr()
+    result = json.loads(taken.out)
+    assert len(result["tokens"]) == 2
+    assert result["profile_error"].endswith(FULL_DISK)
+    line = told(taken.err)
+    assert line.startswith(f"error: --profile {tmp_path / 'profile'}: the trace could not be written: ")
     assert "memory" not in line
 
 
