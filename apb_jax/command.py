@@ -75,17 +75,27 @@ class Parser(argparse.ArgumentParser):
                 action.help = "default: %(default)s"
         return super()._get_formatter()
 
-    def _all_options(self) -> set[str]:
-        """The options of this parser and of its commands."""
-        inner = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        own = set(self._option_string_actions)
-        return own.union(*(parser._all_options() for choices in inner for parser in choices.values()))
+    def _options(self, chosen: argparse.Namespace) -> set[str]:
+        """The options of this parser and of the command that was given."""
+        found = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                own = action.choices.get(str(getattr(chosen, action.dest, "")))
+                found |= own._options(chosen) if own else set()
+        return found
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """What was given; an unknown option is told with the nearest one of the same command."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+            if (name := unknown[0].partition("=")[0]).startswith("-"):
+                near = difflib.get_close_matches(name, self._options(found) - {name}, n=1)
+                message += f"; did you mean {near[0]}?" if near else "; see --help"
+            raise UserError(message)
+        return found
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self._all_options() - {unknown[1]}, n=1)
-            message += f"; did you mean {near[0]}?" if near else "; see --help"
         raise UserError(message)
 
 

@@ -39,6 +39,12 @@ def ruler_command(out: Path, *more: str) -> list[str]:
 # -- wrong input ------------------------------------------------------------------------------------------------------
 
 
+def test_a_typo_in_an_option_is_told_with_options_of_the_same_command(capsys, tmp_path):
+    assert "did you mean --samples?" in refused(capsys, *ruler_command(tmp_path / "r", "--sample", "3"))
+    line = refused(capsys, *ruler_command(tmp_path / "r", "--no-kvv"))  # latency alone has --no-kv
+    assert "--no-kvv; see --help" in line
+
+
 def test_a_typo_in_a_task_name(capsys, tmp_path):
     line = refused(capsys, *ruler_command(tmp_path / "r", "--tasks", "niah_singel_1"))
     assert "'niah_singel_1'; did you mean 'niah_single_1'?" in line
