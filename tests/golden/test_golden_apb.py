@@ -237,7 +237,7 @@ def test_apb_partials(replay: Any, name: Path, reading: str) -> None:
                     q,
                     cache.at(inputs.layer),
                     lengths.kept(shard),
-                    tail.at(inputs.layer).alone(q.dtype),
+                    tail.at(inputs.layer),
                     zero,
                     shard,
                 )

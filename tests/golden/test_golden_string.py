@@ -95,7 +95,7 @@ def test_decoding(folder: Path) -> None:
             document=CachedLayer.of(prefix.k, prefix.v),
             kept_tokens=rows * one,
             kept_positions=jnp.arange(rows, dtype=jnp.int32)[None],
-            tail=(tail.k, tail.v),
+            tail=CachedLayer.of(tail.k, tail.v),
             tail_offset=step * one,
             tail_position=rows * one,
             rows=one,
