@@ -14,12 +14,13 @@ beside it the optimised HLO of the layers.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -32,6 +33,7 @@ import apb_jax
 from apb_jax.arguments import names
 from apb_jax.command import Parser, command
 from apb_jax.compile_cache import use_compile_cache
+from apb_jax.errors import UserError
 from apb_jax.measure.devices import figures_of
 from apb_jax.model.config import ModelConfig
 from apb_jax.precision import Precision
@@ -185,10 +187,10 @@ def skinny(journal: Journal, config: ModelConfig) -> None:
 RECIPES = {"bf16": Precision(), "fp8": Precision.of("fp8"), "fp8 weights": Precision(weights="fp8")}
 
 
-def engine(journal: Journal, model: Any, lengths: tuple[int, int], recipes: Sequence[str], only: Sequence[str]) -> None:
-    """full and apb (8 shards) at the longer length, full at the shorter one, bf16 and then fp8.
+def engine(journal: Journal, model: Any, lengths: tuple[int, int], asked: argparse.Namespace) -> None:
+    """full and apb (8 shards) at the longer length, full at the shorter one, at each of the recipes asked for.
 
-    ``only``: methods at lengths ("full@8192"); none means all.
+    ``asked.only``: methods at lengths ("full@8192"); none means all.
     """
     short, long = lengths
     cases = (("full", short, None, 2), ("apb", long, 8, 2), ("full", long, None, 1))
@@ -196,7 +198,7 @@ def engine(journal: Journal, model: Any, lengths: tuple[int, int], recipes: Sequ
     kept: dict[tuple[str, int], Any] = {}
     cost = {"full": 30.0, "apb": 20.0} if jax.default_backend() == "gpu" else {"full": 1.0, "apb": 1.0}
     for method, seq, shards, repeat in cases:
-        for word in recipes if not only or f"{method}@{seq}" in only else ():
+        for word in asked.recipes if not asked.only or f"{method}@{seq}" in asked.only else ():
             name = f"{word:<11} {method:<4} {seq:>7} tokens"
             if not journal.room(name, cost[method] if seq == long else 10):
                 continue
@@ -245,12 +247,19 @@ def main(argv: list[str]) -> int:
     rows, lengths = args.rows, (8192, 131072)
     if args.small:
         config, rows, lengths = dataclasses.replace(config, **SMALL), 256, (512, 1024)
-    random_model = apb_jax.load("tiny" if args.small else args.model, weights="random")
+    cases = tuple(
+        f"{method}@{seq}" for method, seq in zip(("full", "apb", "full"), (*lengths, lengths[1]), strict=True)
+    )
+    for name, given, known in (("--recipes", args.recipes, tuple(RECIPES)), ("--only", args.only, cases)):
+        if unknown := [word for word in given if word not in known]:
+            raise UserError(f"{name} {unknown[0]!r} is unknown; choose of: {', '.join(known)}")
     steps: dict[str, Callable[[], None]] = {
         "linear": lambda: linear(journal, config, rows),
         "skinny": lambda: skinny(journal, config),
         "compile": lambda: layers(journal, config, rows, "compile", in_place=False, hows=(CUBLAS, FREE)),
-        "engine": lambda: engine(journal, random_model, lengths, args.recipes, args.only),
+        "engine": lambda: engine(
+            journal, apb_jax.load("tiny" if args.small else args.model, weights="random"), lengths, args
+        ),
     }
     for section in args.section:
         with journal.trying(section):

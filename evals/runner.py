@@ -147,7 +147,8 @@ def _run_one(
             else:
                 total += row["score"]
                 scored += 1
-            report(f"{what}: {100 * total / max(1, scored):.1f} ({scored} samples)", task.length)
+            mean = f"{100 * total / scored:.1f}" if scored else "no score yet"
+            report(f"{what}: {mean} ({scored} samples)", task.length)
     if count == 0:
         raise EvalError(f"{what}: the task holds no samples")
     if scored == 0:

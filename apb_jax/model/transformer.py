@@ -103,8 +103,7 @@ class Transformer(nnx.Module):
             # The number of a layer is the loop's own counter: a step launches nothing to look it up. The bounds are
             # constants, else XLA asks the device before every step whether there is another.
             def step(at: tuple[Array, tuple[Any, Any]]) -> tuple[Array, tuple[Any, Any]]:
-                layer = at[0] if isinstance(ahead, int) else at[0] + ahead
-                return at[0] + 1, body(at[1], (layer, None))[0]
+                return at[0] + 1, body(at[1], (at[0] + ahead, None))[0]
 
             return jax.lax.while_loop(lambda at: at[0] < high, step, (jnp.int32(low), state))[1]
 

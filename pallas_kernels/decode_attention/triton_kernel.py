@@ -17,10 +17,9 @@ def _halves(pairs, INT8: tl.constexpr):
         first, second = (pairs & 0xFF) ^ 0x6480, ((pairs >> 8) & 0xFF) ^ 0x6480
         return first.to(tl.float16, bitcast=True) - 1152.0, second.to(tl.float16, bitcast=True) - 1152.0
     else:
-        first, second = pairs.to(tl.uint8), (pairs >> 8).to(tl.uint8)
-        return first.to(tl.float8e4nv, bitcast=True).to(tl.float16), second.to(tl.float8e4nv, bitcast=True).to(
-            tl.float16
-        )
+        first = pairs.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        second = (pairs >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return first.to(tl.float16), second.to(tl.float16)
 
 
 @triton.jit
@@ -35,7 +34,7 @@ def _prepared(q, INT8: tl.constexpr):
     power = tl.where(bits == 0x7F800000, float("nan"), bits.to(tl.float32, bitcast=True))
     q *= (0x7F000000 - bits).to(tl.float32, bitcast=True)[:, None]
     if INT8:
-        whole = tl.floor(q * 16256.0 + 0.5).to(tl.int32)
+        whole = tl.floor(q * 16256.0 + 0.5).to(tl.int32)  # 127 * 128: rows end below 2, their first digits at 127
         high = (whole + 128) >> 8
         return high.to(tl.int8), (whole - high * 256).to(tl.int8), power / 16256.0
     else:

@@ -19,8 +19,6 @@ class MatmulCall:
     """x [R, I], stacks [L, I', O'] (in e4m3 [L, O', I']), place int32 [3]: layer, row share, column share (indices).
 
     Where nothing is cut place is [1], the layer alone, which needs no launch to be put together.
-
-
     ``row_shares``, ``column_shares``: into how many parts rows (inputs) and columns (outputs) of each matrix are cut.
     """
 
@@ -55,6 +53,11 @@ class MatmulCall:
         return self.stacks[0].dtype == FP8
 
     @property
+    def cut(self) -> bool:
+        """Whether ``place`` names shares beside the layer."""
+        return self.place.shape[0] > 1
+
+    @property
     def columns(self) -> tuple[int, ...]:
         """Of each result."""
         return tuple(stack.shape[1 if self.fp8 else 2] // self.column_shares for stack in self.stacks)
@@ -62,7 +65,7 @@ class MatmulCall:
     def matrices(self) -> list[jax.Array]:
         """The matrices themselves, each [I, columns], in e4m3 [columns, I]: copies, unless XLA fuses them."""
         depth = self.x.shape[1]
-        layer, row, column = self.place if len(self.place) > 1 else (*self.place, 0, 0)
+        layer, row, column = self.place if self.cut else (*self.place, 0, 0)
         found = []
         for stack, width in zip(self.stacks, self.columns, strict=True):
             start, shape = (row * depth, column * width), (depth, width)

@@ -74,7 +74,7 @@ def triton(call: MatmulCall, config: Config | None = None) -> tuple[jax.Array, .
             "BLOCK": config.columns,
             "STEP": config.depth,
             "TILE": max(16, 1 << (rows - 1).bit_length()),
-            "CUT": len(call.place) > 1,
+            "CUT": call.cut,
         },
     )
     stacks = (*call.stacks, *call.stacks[-1:] * spare)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from apb_jax.errors import UserError
-from benchmarks.evidence import page
+from benchmarks.evidence import page, page_receipts, page_ruler
 from benchmarks.evidence.measure import _agreement, _nll, packed, unpacked
 from benchmarks.evidence.page import write_page
 from benchmarks.evidence.samples import Sample, read_samples, write_samples
@@ -120,10 +120,10 @@ def test_a_page_says_whether_longer_receipts_tell_as_much() -> None:
     bins = {"by_top1": [[0.9, 0.45, 40], [1.0, 0.0333, 60]]}
     together = {4096: one("all", 4096, 0.82, 0.6, **bins), 8192: one("all", 8192, 0.86, 0.75, **bins)}
     each = [one("apb", 4096, 0.8, 0.36), one("apb", 8192, 0.8, 0.74), one("star", 8192, 0.8, 0.74, receipts=234)]
-    told = page._told(4096, together[4096])
+    told = page_receipts._told(4096, together[4096])
     assert told.startswith("4K: 20 of 100 lost; AUC `top1_answer` 0.82 ± 0.04, `kl` 0.60 ± 0.04,")
     assert told.endswith("agree, 2 of 60 are lost (3%); where one or more differ, 18 of 40 (45%).")
-    said = page._as_before(together, each).replace("\n", " ")
+    said = page_receipts._as_before(together, each).replace("\n", " ")
     assert "`top1_answer` tells the most at 4K and at 8K, its AUC not told apart (+0.04 ± 0.06)." in said
     assert "beyond their errors: `kl` +0.15 ± 0.06," in said
     assert said.endswith("likewise: apb 0.36 to 0.74.")
@@ -216,13 +216,13 @@ def test_a_page_says_what_differs_and_beside_whose_full_attention() -> None:
             rows += [*own, {**one(method, length, "mean", mean, **more), "n": 200}]
     rows.append(one("apb_heads", 2048, "over apb", 0, over_apb=1.93, over_apb_se=0.68, pairs=1285))
     means = [r for r in rows if r["task"] == "mean"]
-    lost = page._lost(means)
+    lost = page_ruler._lost(means)
     assert "- 2K: below: locret -8.0 ± 2.0." in lost
     assert "- 8K: above: locret +10.0 ± 2.0." in lost
     assert lost.replace("\n", " ").endswith("change beyond their errors: locret -8.0 to +10.0.")
-    assert "10.0 and 77.0 at 2K, -10.0 and 12.0 at 8K" in page._other_run(rows).replace("\n", " ")
-    assert "| locret | single_2 -75, single_3 -75 | none |" in page._by_task(rows)
-    trained = page._trained(rows)
+    assert "10.0 and 77.0 at 2K, -10.0 and 12.0 at 8K" in page_ruler._other_run(rows).replace("\n", " ")
+    assert "| locret | single_2 -75, single_3 -75 | none |" in page_ruler._by_task(rows)
+    trained = page_ruler._trained(rows)
     assert "apb_heads against apb, the same samples: 2K +1.9 ± 1.3 (n=1285)." in trained
     assert "UUIDs 2 (77) at 2K, 0 (12) at 8K." in trained
     missing = page._missing(means, {"counts": {"ruler 2048": 1285}})
